@@ -1,0 +1,1 @@
+"""Saving and restoring everything that a run needs to continue."""

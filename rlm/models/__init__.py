@@ -1,0 +1,1 @@
+"""DeepSeek-V3: latent attention, experts and multi-token prediction."""

@@ -1,0 +1,1 @@
+"""Parsing of responses and the rewards computed from them."""

@@ -1,0 +1,1 @@
+"""Group advantages, policy objectives, rollouts and the curriculum."""

@@ -1,0 +1,1 @@
+"""Generation over the latent cache with fixed slots."""

@@ -1,0 +1,1 @@
+"""Procedural problems with levels, worked solutions and verifiers."""

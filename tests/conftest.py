@@ -1,0 +1,21 @@
+"""What every test runs under: 8 CPU devices, no silent broadcast, fixed seeds.
+
+Devices come from jax.config and not from XLA_FLAGS, so that the child
+processes of a test (runs that are killed and continued) see what a user sees.
+"""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import hypothesis
+import jax
+
+jax.config.update("jax_num_cpu_devices", 8)
+# A [B] array that meets a [B, T] array is a bug here, never a convenience.
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compilation makes the first example slow; derandomised, so a failure repeats.
+hypothesis.settings.register_profile("rlm", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("rlm")
