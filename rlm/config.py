@@ -95,7 +95,7 @@ def build(cls: type[T], mapping: Any, where: str = "config") -> T:
 
 
 def plain(value: Any) -> Any:
-  """The same data as nested dicts, lists, tuples and scalars (no ConfigDict)."""
+  """The same data as nested dicts, lists, tuples and scalars."""
   if isinstance(value, ml_collections.ConfigDict):
     # items() resolves field references, which JSON could not hold.
     return {key: plain(item) for key, item in value.items()}

@@ -156,7 +156,7 @@ def test_where_names_the_section():
 
 
 def test_several_misspelt_keys_are_all_named():
-  with pytest.raises(ValueError, match="'warmup_step'.*'peek'"):
+  with pytest.raises(ValueError, match=r"'warmup_step'.*'peek'"):
     build(Schedule, {"warmup_step": 1, "peek": 1.0})
 
 
