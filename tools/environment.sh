@@ -27,11 +27,15 @@ sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
       return
     fi
   done
-  fail "needs Python 3.11 or newer with its venv module; found:\
-$(for c in python3 python3.11 python3.12 python3.13; do
-    v=$("$c" --version 2>/dev/null) && printf ' %s is %s;' "$c" "$v"
-  done || true) none will do. Install one (on Debian and Ubuntu also\
- python3-venv), or name it: PYTHON=/path/to/python3.11 $0"
+  local found=""
+  for candidate in python3 python3.13 python3.12 python3.11; do
+    if "$candidate" --version >/dev/null 2>&1; then
+      found+="; $candidate is $("$candidate" --version 2>&1)"
+    fi
+  done
+  fail "needs Python 3.11 or newer with its venv module (on Debian and\
+ Ubuntu, python3-venv)${found:-; there is no python3}. Install one, or name\
+ one: PYTHON=/path/to/python3.11 $0"
 }
 
 stamp_of() {  # changes with the requirements, and with the folder's place
@@ -39,13 +43,14 @@ stamp_of() {  # changes with the requirements, and with the folder's place
 }
 
 make_venv() {
-  if [ -d .venv ] && [ ! -e .venv/.rlm ]; then
+  if [ -e .venv/pyvenv.cfg ] && [ ! -e .venv/.rlm ]; then
     "$python" -c 'import pip, sys; sys.exit(sys.version_info < (3, 11))' \
       2>/dev/null || fail ".venv was not made by this script and lacks\
  Python >= 3.11 or pip. Move it away and run this again."
     return
   fi
-  if "$python" -c 'import pip' 2>/dev/null; then
+  if [ ! -e .venv/.rlm-incomplete ] && "$python" -c 'import pip' 2>/dev/null
+  then
     return
   fi
   local base
@@ -75,6 +80,7 @@ ready_environment() {
   fi
   make_venv
   rm -f "$file"
+  : >.venv/.rlm-incomplete  # stays if we are killed: then begin from nothing
   printf 'Installing rlm%s into .venv (base list: about 0.8 GB, once)\n' \
     "${extra:+[$extra]}"
   # Without bytecode of what is never imported: a sixth less on disk. The
@@ -87,6 +93,7 @@ import tokenizers
 import rlm
 assert jax.jit(lambda x: x + 1)(1.0) == 2.0'
   printf '%s\n' "$stamp" >"$file"
+  rm .venv/.rlm-incomplete
   if command -v flock >/dev/null; then
     exec 9<&-
   fi
