@@ -1,0 +1,211 @@
+"""Latent attention: the expanded form and the absorbed one.
+
+`mla_attention` is for training and prefill, `mla_decode` for decoding over the
+latent cache. Both take positions and segment ids of queries and keys, allow
+T != S, and return the log-sum-exp of the scores beside the output, so that
+parts of one softmax computed apart combine exactly (`combine`).
+"""
+
+import jax
+import jax.numpy as jnp
+
+# Finite, so that a row without any key gives zeros and not NaN.
+MASKED = -1e30
+
+
+def attention_mask(
+  q_positions: jax.Array,
+  kv_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  kv_segment_ids: jax.Array,
+  selected: jax.Array | None = None,
+) -> jax.Array:
+  """Which keys each query may see: its own segment, up to its own position.
+
+  Args:
+    q_positions: int32 [B, T].
+    kv_positions: int32 [B, S].
+    q_segment_ids: int32 [B, T]; 0 is padding and sees nothing.
+    kv_segment_ids: int32 [B, S].
+    selected: bool [B, T, S] or None; a further restriction (sparse attention).
+
+  Returns:
+    bool [B, T, S], True = keep.
+  """
+  mask = q_positions[:, :, None] >= kv_positions[:, None, :]
+  mask &= q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+  mask &= (q_segment_ids != 0)[:, :, None]
+  return mask if selected is None else mask & selected
+
+
+def _softmax(scores: jax.Array, mask: jax.Array):
+  """Masked softmax of float32 [B, N, T, S] by bool [B, T, S], and its lse."""
+  scores = jnp.where(mask[:, None], scores, MASKED)
+  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  weights = jnp.where(mask[:, None], jnp.exp(scores - top), 0.0)
+  total = weights.sum(axis=-1, keepdims=True)
+  safe = jnp.where(total > 0, total, 1.0)
+  lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
+  return weights / safe, lse[..., 0]
+
+
+def _attend(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
+  """One block of queries; heads lead so that each product is one batched dot."""
+  dtype = q_nope.dtype
+  scores = jnp.einsum(
+    "BTNH,BSNH->BNTS", q_nope, k_nope, preferred_element_type=jnp.float32
+  )
+  scores += jnp.einsum(
+    "BTNR,BSR->BNTS", q_rope, k_rope, preferred_element_type=jnp.float32
+  )
+  probs, lse = _softmax(scores * scale, mask)
+  out = jnp.einsum(
+    "BNTS,BSNh->BTNh",
+    probs.astype(dtype),
+    v,
+    preferred_element_type=jnp.float32,
+  )
+  return out.astype(dtype), lse
+
+
+def mla_attention(
+  q_nope: jax.Array,
+  q_rope: jax.Array,
+  k_nope: jax.Array,
+  k_rope: jax.Array,
+  v: jax.Array,
+  q_positions: jax.Array,
+  kv_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  kv_segment_ids: jax.Array,
+  selected: jax.Array | None = None,
+  *,
+  scale: float,
+  query_chunk: int = 0,
+) -> tuple[jax.Array, jax.Array]:
+  """Expanded latent attention; V3 eq. 10.
+
+  Args:
+    q_nope: [B, T, N, H].
+    q_rope: [B, T, N, R], rotated.
+    k_nope: [B, S, N, H].
+    k_rope: [B, S, R], rotated; one key for all heads.
+    v: [B, S, N, h].
+    q_positions: int32 [B, T].
+    kv_positions: int32 [B, S].
+    q_segment_ids: int32 [B, T]; 0 is padding.
+    kv_segment_ids: int32 [B, S].
+    selected: bool [B, T, S] or None.
+    scale: factor on the scores, YaRN's correction included.
+    query_chunk: queries handled at once, each chunk recomputed in the backward
+      pass, so that no [B, N, T, S] exists; 0 takes them whole.
+
+  Returns:
+    out [B, T, N, h] in the dtype of `q_nope`, zeros where a query sees no key;
+    lse float32 [B, N, T], -inf there.
+
+  Raises:
+    ValueError: `query_chunk` does not divide T.
+  """
+
+  def attend_chunk(q_nope, q_rope, q_positions, q_segment_ids, selected):
+    mask = attention_mask(
+      q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
+    )
+    return _attend(q_nope, q_rope, k_nope, k_rope, v, mask, scale)
+
+  length = q_nope.shape[1]
+  if not query_chunk or query_chunk >= length:
+    return attend_chunk(q_nope, q_rope, q_positions, q_segment_ids, selected)
+  if length % query_chunk:
+    raise ValueError(
+      f"{query_chunk=} does not divide the {length} queries. Choose a divisor,"
+      " or 0 for no chunks."
+    )
+
+  def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
+    chunks = x.reshape(x.shape[0], -1, query_chunk, *x.shape[2:])
+    return jnp.moveaxis(chunks, 1, 0)
+
+  queries = (q_nope, q_rope, q_positions, q_segment_ids, selected)
+  out, lse = jax.lax.map(
+    lambda chunk: jax.checkpoint(attend_chunk)(*chunk),
+    jax.tree.map(split, queries),
+  )
+  out = jnp.moveaxis(out, 0, 1).reshape(*q_nope.shape[:3], v.shape[-1])
+  return out, jnp.moveaxis(lse, 0, 2).reshape(lse.shape[1], -1, length)
+
+
+def mla_decode(
+  q_latent: jax.Array,
+  q_rope: jax.Array,
+  kv_latent: jax.Array,
+  k_rope: jax.Array,
+  q_positions: jax.Array,
+  kv_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  kv_segment_ids: jax.Array,
+  selected: jax.Array | None = None,
+  *,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """Absorbed latent attention: multi-query attention over the latent cache.
+
+  Args:
+    q_latent: [B, T, N, C], queries carried into latent space by W^UK.
+    q_rope: [B, T, N, R], rotated.
+    kv_latent: [B, C, S], normalised latents: key and value at once. Tokens are
+      the minor axis: on the CPU the other order costs six times as much.
+    k_rope: [B, R, S], rotated.
+    q_positions: int32 [B, T].
+    kv_positions: int32 [B, S].
+    q_segment_ids: int32 [B, T]; 0 is padding.
+    kv_segment_ids: int32 [B, S].
+    selected: bool [B, T, S] or None.
+    scale: factor on the scores, YaRN's correction included.
+
+  Returns:
+    out [B, T, N, C] in the dtype of `q_latent`, a mean of latents that W^UV
+    turns into values; lse float32 [B, N, T].
+  """
+  mask = attention_mask(
+    q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
+  )
+  scores = jnp.einsum(
+    "BTNC,BCS->BNTS", q_latent, kv_latent, preferred_element_type=jnp.float32
+  )
+  scores += jnp.einsum(
+    "BTNR,BRS->BNTS", q_rope, k_rope, preferred_element_type=jnp.float32
+  )
+  probs, lse = _softmax(scores * scale, mask)
+  out = jnp.einsum(
+    "BNTS,BCS->BTNC",
+    probs.astype(q_latent.dtype),
+    kv_latent,
+    preferred_element_type=jnp.float32,
+  )
+  return out.astype(q_latent.dtype), lse
+
+
+def combine(
+  out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
+) -> jax.Array:
+  """Joins two parts of one softmax over disjoint keys, exactly.
+
+  Args:
+    out_a: [B, T, N, C] with lse_a float32 [B, N, T]; likewise `b`.
+    lse_a: see `out_a`.
+    out_b: see `out_a`.
+    lse_b: see `out_a`.
+
+  Returns:
+    [B, T, N, C] in the dtype of `out_a`; a part without keys weighs nothing.
+  """
+  lse = jnp.logaddexp(lse_a, lse_b)
+  lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # neither part has a key
+
+  def weigh(out, part_lse):
+    weight = jnp.exp(part_lse - lse).swapaxes(1, 2)[..., None]
+    return weight * out.astype(jnp.float32)
+
+  return (weigh(out_a, lse_a) + weigh(out_b, lse_b)).astype(out_a.dtype)

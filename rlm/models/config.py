@@ -1,0 +1,209 @@
+"""The sizes of a model, under the names of the published config.json."""
+
+import dataclasses
+from typing import Literal
+
+# What the shapes of one layer depend on is checked here, once, so that no
+# impossible size reaches a tracer.
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """YaRN's settings (`rope_scaling` of config.json).
+
+  Attributes:
+    factor: s, by which the context grows.
+    original_max_position_embeddings: the context before, in tokens.
+    beta_fast: turns over the original context above which a pair is kept.
+    beta_slow: turns below which it is slowed by the full factor.
+    mscale: numerator of the magnitude on cos and sin.
+    mscale_all_dim: its denominator, and the magnitude on the softmax scale.
+    type: "yarn".
+  """
+
+  factor: float
+  original_max_position_embeddings: int
+  beta_fast: float
+  beta_slow: float
+  mscale: float
+  mscale_all_dim: float
+  type: Literal["yarn"] = "yarn"
+
+  def __post_init__(self):
+    if self.factor < 1:
+      raise ValueError(f"rope_scaling.factor={self.factor} must be >= 1.")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """One definition from 0.3M to 671B parameters.
+
+  A dense model has first_k_dense_replace = num_hidden_layers; its fields of
+  routed experts are then unused.
+
+  Attributes:
+    vocab_size: rows of embedding and head.
+    n_vocab_used: ids in use; the head never gives the ids from here on.
+    hidden_size: d.
+    num_hidden_layers: layers, MTP modules apart.
+    first_k_dense_replace: leading layers with a dense feed-forward.
+    intermediate_size: width of the dense feed-forward.
+    moe_intermediate_size: width of each routed expert.
+    n_routed_experts: N_r.
+    num_experts_per_tok: K_r.
+    n_shared_experts: N_s, fused into one SwiGLU of N_s expert widths; may be 0.
+    n_group: groups of adjacent experts.
+    topk_group: groups that a token may use.
+    topk_method: "noaux_tc" (V3: bias in the selection, a group scores the sum
+      of its two best), "group_limited_greedy" (V2: its best), "greedy" (no
+      groups).
+    scoring_func: "sigmoid" (V3) or "softmax" (V2).
+    norm_topk_prob: divide the chosen gates by their sum.
+    routed_scaling_factor: factor on the gates.
+    num_attention_heads: n_h.
+    q_lora_rank: d_c', or None for a plain query projection.
+    kv_lora_rank: d_c.
+    qk_nope_head_dim: d_h, per head and without positions.
+    qk_rope_head_dim: d_h^R, even.
+    v_head_dim: per head.
+    rope_theta: base of RoPE.
+    rope_scaling: YaRN, or None.
+    max_position_embeddings: longest sequence in tokens.
+    rms_norm_eps: of every norm.
+    initializer_range: std of every matrix (training value 0.006).
+    tie_word_embeddings: the head is the embedding.
+    num_nextn_predict_layers: D, MTP modules.
+    dtype: of activations.
+    param_dtype: of parameters.
+    remat: "none"; "block" recomputes each block in the backward pass; "dots"
+      keeps its matrix products and recomputes the rest.
+    unroll_layers: straight-line code instead of a scan; the same tree.
+    attention_chunk: queries handled at once, 0 = all.
+    logits_chunk: vocabulary rows handled at once in losses, 0 = all.
+  """
+
+  vocab_size: int
+  n_vocab_used: int
+  hidden_size: int
+  num_hidden_layers: int
+  first_k_dense_replace: int
+  intermediate_size: int
+  moe_intermediate_size: int
+  n_routed_experts: int
+  num_experts_per_tok: int
+  n_shared_experts: int
+  n_group: int
+  topk_group: int
+  topk_method: Literal["noaux_tc", "group_limited_greedy", "greedy"]
+  scoring_func: Literal["sigmoid", "softmax"]
+  norm_topk_prob: bool
+  routed_scaling_factor: float
+  num_attention_heads: int
+  q_lora_rank: int | None
+  kv_lora_rank: int
+  qk_nope_head_dim: int
+  qk_rope_head_dim: int
+  v_head_dim: int
+  rope_theta: float
+  rope_scaling: RopeScaling | None
+  max_position_embeddings: int
+  rms_norm_eps: float
+  initializer_range: float
+  tie_word_embeddings: bool
+  num_nextn_predict_layers: int
+  dtype: Literal["float32", "bfloat16"]
+  param_dtype: Literal["float32", "bfloat16"]
+  remat: Literal["none", "block", "dots"]
+  unroll_layers: bool
+  attention_chunk: int
+  logits_chunk: int
+
+  @property
+  def num_moe_layers(self) -> int:
+    """Layers with routed experts, MTP modules apart."""
+    return self.num_hidden_layers - self.first_k_dense_replace
+
+  @property
+  def is_dense(self) -> bool:
+    """Whether no layer has routed experts."""
+    return self.num_moe_layers == 0
+
+  def __post_init__(self):
+    self._check_positive()
+    self._check_layers()
+    if not self.is_dense:
+      self._check_experts()
+
+  def _check_positive(self):
+    sizes = (
+      "vocab_size n_vocab_used hidden_size num_hidden_layers intermediate_size"
+      " num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim"
+      " v_head_dim max_position_embeddings"
+    ).split()
+    if self.q_lora_rank is not None:
+      sizes.append("q_lora_rank")
+    for name in sizes:
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+
+  def _check_layers(self):
+    if self.n_vocab_used > self.vocab_size:
+      raise ValueError(
+        f"n_vocab_used={self.n_vocab_used} ids do not fit vocab_size="
+        f"{self.vocab_size}. Raise vocab_size."
+      )
+    if self.qk_rope_head_dim % 2:
+      raise ValueError(
+        f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE turns"
+        " pairs."
+      )
+    if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
+      raise ValueError(
+        f"first_k_dense_replace={self.first_k_dense_replace} must lie between"
+        f" 0 and num_hidden_layers={self.num_hidden_layers}."
+      )
+    for name in ("attention_chunk", "logits_chunk", "num_nextn_predict_layers"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
+    if self.logits_chunk and self.vocab_size % self.logits_chunk:
+      raise ValueError(
+        f"logits_chunk={self.logits_chunk} does not divide vocab_size="
+        f"{self.vocab_size}. Choose a divisor, or 0 for no chunks."
+      )
+
+  def _check_experts(self):
+    experts, groups = self.n_routed_experts, self.n_group
+    if experts < 1 or self.moe_intermediate_size < 1:
+      raise ValueError(
+        f"n_routed_experts={experts} and moe_intermediate_size="
+        f"{self.moe_intermediate_size} must be at least 1 where layers are"
+        " mixtures. For a dense model set first_k_dense_replace ="
+        " num_hidden_layers."
+      )
+    if groups < 1 or experts % groups:
+      raise ValueError(
+        f"n_group={groups} does not divide n_routed_experts={experts}."
+      )
+    if not 1 <= self.topk_group <= groups:
+      raise ValueError(
+        f"topk_group={self.topk_group} must lie between 1 and n_group={groups}."
+      )
+    eligible = experts
+    if self.topk_method != "greedy":
+      eligible = experts // groups * self.topk_group
+    if not 1 <= self.num_experts_per_tok <= eligible:
+      raise ValueError(
+        f"num_experts_per_tok={self.num_experts_per_tok} must lie between 1"
+        f" and the {eligible} experts a token can reach"
+        f" (n_routed_experts={experts}, n_group={groups}, topk_group="
+        f"{self.topk_group}, topk_method={self.topk_method!r})."
+      )
+    if self.topk_method == "noaux_tc" and groups > 1 and experts // groups < 2:
+      raise ValueError(
+        f"noaux_tc scores a group by its two best experts: n_group={groups}"
+        f" leaves {experts // groups} in each. Lower n_group."
+      )
+    if self.n_shared_experts < 0:
+      raise ValueError(
+        f"n_shared_experts={self.n_shared_experts} must not be negative."
+      )

@@ -1,0 +1,336 @@
+"""DeepSeekMoE: routing, balance, and experts without dropped tokens.
+
+Sources: V3 eq. 12-20 and its released gate. The maths is functions over
+arrays; `MoE` at the end owns the parameters.
+"""
+
+import flax
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlm.kernels.grouped_matmul import (
+  default_implementation,
+  grouped_matmul,
+  row_alignment,
+)
+from rlm.models.config import ModelConfig
+from rlm.models.layers import SwiGLU, dot, normal_init
+
+
+@flax.struct.dataclass
+class Routing:
+  """Where tokens went. Stacked over layers it leads with an axis L.
+
+  Attributes:
+    expert_ids: int32 [B, T, K], the experts of each token, best first.
+    expert_load: float32 [E], tokens sent to each expert, padding excluded.
+    balance_loss: float32 [B], the sequence-wise loss of each row, without
+      alpha (V3 eq. 17-20); 0 for a row without tokens.
+  """
+
+  expert_ids: jax.Array
+  expert_load: jax.Array
+  balance_loss: jax.Array
+
+
+def expert_scores(logits: jax.Array, scoring_func: str) -> jax.Array:
+  """Affinities s of float32 logits [..., E]; V3 eq. 15, V2 eq. 22."""
+  if scoring_func == "sigmoid":
+    return jax.nn.sigmoid(logits)
+  return jax.nn.softmax(logits, axis=-1)
+
+
+def select_experts(
+  scores: jax.Array, expert_bias: jax.Array, cfg: ModelConfig
+) -> jax.Array:
+  """The K experts of each token.
+
+  Args:
+    scores: float32 [..., E].
+    expert_bias: float32 [E]; enters the choice of `noaux_tc` alone.
+    cfg: n_group, topk_group, topk_method, num_experts_per_tok.
+
+  Returns:
+    int32 [..., K], by falling score. Experts of the groups not kept are masked
+    with -inf, so that a negative biased score never loses to them.
+  """
+  choice = jax.lax.stop_gradient(scores)
+  if cfg.topk_method == "noaux_tc":
+    choice += expert_bias.reshape((1,) * (scores.ndim - 1) + (-1,))
+  if cfg.topk_method != "greedy" and cfg.n_group > 1:
+    groups = choice.reshape(*choice.shape[:-1], cfg.n_group, -1)
+    if cfg.topk_method == "noaux_tc":
+      group_scores = jax.lax.top_k(groups, 2)[0].sum(axis=-1)
+    else:
+      group_scores = groups.max(axis=-1)
+    kept = jax.lax.top_k(group_scores, cfg.topk_group)[1]
+    keep = jax.nn.one_hot(kept, cfg.n_group, dtype=jnp.bool_).any(axis=-2)
+    groups = jnp.where(keep[..., None], groups, -jnp.inf)
+    choice = groups.reshape(choice.shape)
+  return jax.lax.top_k(choice, cfg.num_experts_per_tok)[1].astype(jnp.int32)
+
+
+def route(
+  logits: jax.Array,
+  expert_bias: jax.Array,
+  cfg: ModelConfig,
+  expert_ids: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Chooses experts and weighs them; V3 eq. 12-16.
+
+  The gates are the unbiased scores of the chosen experts, gathered and never
+  recovered from the biased ones, which would lose them to cancellation.
+
+  Args:
+    logits: float32 [B, T, E].
+    expert_bias: float32 [E].
+    cfg: the gate's settings.
+    expert_ids: int32 [B, T, K] to replay routes, or None to choose.
+
+  Returns:
+    expert_ids int32 [B, T, K]; gates float32 [B, T, K]; scores float32
+    [B, T, E].
+  """
+  scores = expert_scores(logits, cfg.scoring_func)
+  if expert_ids is None:
+    expert_ids = select_experts(scores, expert_bias, cfg)
+  gates = jnp.take_along_axis(scores, expert_ids, axis=-1)
+  if cfg.norm_topk_prob:
+    gates /= gates.sum(axis=-1, keepdims=True) + 1e-20  # as released
+  return expert_ids, gates * cfg.routed_scaling_factor, scores
+
+
+def count_experts(expert_ids: jax.Array, n_experts: int) -> jax.Array:
+  """Which experts each token chose: int32 [..., K] -> float32 [..., E]."""
+  return jax.nn.one_hot(expert_ids, n_experts, dtype=jnp.float32).sum(axis=-2)
+
+
+def sequence_balance_loss(
+  scores: jax.Array, mask: jax.Array, num_experts_per_tok: int
+) -> jax.Array:
+  """The sequence-wise balance loss of each row, without alpha; V3 eq. 17-20.
+
+  f_i counts the top K of the unbiased scores, as printed, not the biased and
+  grouped choice. The gradient flows through P_i alone.
+
+  Args:
+    scores: float32 [B, T, E].
+    mask: bool [B, T], True for tokens; T of the equation counts these.
+    num_experts_per_tok: K.
+
+  Returns:
+    float32 [B]; 1 under perfect balance, 0 for a row without tokens.
+  """
+  n_experts = scores.shape[-1]
+  weight = mask.astype(jnp.float32)[..., None]
+  tokens = jnp.maximum(weight.sum(axis=1), 1.0)  # [B, 1]
+  top = jax.lax.top_k(jax.lax.stop_gradient(scores), num_experts_per_tok)[1]
+  chosen = (count_experts(top, n_experts) * weight).sum(axis=1)
+  expert_load = chosen * n_experts / (num_experts_per_tok * tokens)
+  share = scores / scores.sum(axis=-1, keepdims=True)
+  router_prob = (share * weight).sum(axis=1) / tokens
+  return (expert_load * router_prob).sum(axis=-1)
+
+
+def update_expert_bias(
+  expert_bias: jax.Array, expert_load: jax.Array, rate: jax.Array | float
+) -> jax.Array:
+  """Aux-loss-free balance: b_i += rate * sign(mean(c) - c_i); V3 2.1.2.
+
+  Args:
+    expert_bias: float32 [..., E].
+    expert_load: float32 [..., E], tokens c_i over the whole global batch.
+    rate: gamma.
+
+  Returns:
+    float32 [..., E].
+  """
+  mean = expert_load.mean(axis=-1, keepdims=True)
+  return expert_bias + rate * jnp.sign(mean - expert_load)
+
+
+@flax.struct.dataclass
+class _Slots:
+  """Rows of tokens laid out by expert, each group whole blocks long.
+
+  Attributes:
+    token: int32 [M], the token in each slot; N (one past) where it is empty.
+    choice: int32 [N, K], the slot of each token's k-th choice.
+    gate_of: int32 [M], index into the flat [N * K] choices; N * K where empty.
+    group_sizes: int32 [E], slots of each expert, empty ones included.
+  """
+
+  token: jax.Array
+  choice: jax.Array
+  gate_of: jax.Array
+  group_sizes: jax.Array
+
+
+def _assign_slots(expert_ids: jax.Array, n_experts: int, size: int) -> _Slots:
+  """Sorts the [N, K] choices by expert, stably, into groups of whole blocks."""
+  n, k = expert_ids.shape
+  flat = expert_ids.reshape(-1)
+  order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+  load = jnp.bincount(flat, length=n_experts).astype(jnp.int32)
+  group_sizes = (load + size - 1) // size * size
+  # Worst case of the padding, so that the shape is static and none is dropped.
+  slots = (n * k + n_experts * (size - 1)) // size * size
+  first = jnp.cumsum(load) - load
+  first_slot = jnp.cumsum(group_sizes) - group_sizes
+  expert = flat[order]
+  slot = first_slot[expert] + jnp.arange(n * k, dtype=jnp.int32) - first[expert]
+  choice = jnp.zeros((n * k,), jnp.int32).at[order].set(slot)
+  gate_of = jnp.full((slots,), n * k, jnp.int32).at[slot].set(order)
+  return _Slots(gate_of // k, choice.reshape(n, k), gate_of, group_sizes)
+
+
+def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+  """Rows of [N, D] by index; zeros for an index past the end."""
+  return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
+
+
+@jax.custom_vjp
+def _dispatch(x, slots):
+  """[N, D] -> [M, D]. Its transpose is a sum over K of gathers, no scatter."""
+  return _take_rows(x, slots.token)
+
+
+def _dispatch_bwd(slots, dy):
+  return dy[slots.choice].sum(axis=1).astype(dy.dtype), None
+
+
+_dispatch.defvjp(lambda x, slots: (_dispatch(x, slots), slots), _dispatch_bwd)
+
+
+@jax.custom_vjp
+def _combine(y, gates, slots):
+  """float32 [M, D], gates [N, K] -> sum over K of gate * row, [N, D]."""
+  return jnp.einsum("NK,NKD->ND", gates, y[slots.choice])
+
+
+def _combine_bwd(residuals, dout):
+  y, gates, slots = residuals
+  gate = _take_rows(gates.reshape(-1, 1), slots.gate_of)
+  dy = gate * _take_rows(dout, slots.token)
+  dgates = jnp.einsum("ND,NKD->NK", dout, y[slots.choice])
+  return dy, dgates, None
+
+
+_combine.defvjp(
+  lambda y, gates, slots: (_combine(y, gates, slots), (y, gates, slots)),
+  _combine_bwd,
+)
+
+
+def routed_experts_grouped(x, gates, expert_ids, weights, implementation):
+  """The experts by grouped matmul: work in proportion to the routes."""
+  gate_proj, up_proj, down_proj = (w.astype(x.dtype) for w in weights)
+  n_experts, rows = gate_proj.shape[0], expert_ids.size
+  size = row_alignment(rows, n_experts, implementation=implementation)
+  slots = _assign_slots(expert_ids, n_experts, size)
+
+  def matmul(rows, w):
+    return grouped_matmul(
+      rows,
+      w,
+      slots.group_sizes,
+      row_alignment=size,
+      implementation=implementation,
+    )
+
+  rows = _dispatch(x, slots)
+  gate = matmul(rows, gate_proj).astype(x.dtype)
+  up = matmul(rows, up_proj).astype(x.dtype)
+  y = matmul(nn.silu(gate) * up, down_proj)
+  return _combine(y, gates, slots).astype(x.dtype)
+
+
+def routed_experts_dense(x, gates, expert_ids, weights):
+  """Every expert on every token, weighed by a gate that is mostly zero.
+
+  The cheapest form for the few tokens of a decode step, and one in which a
+  row's bits do not depend on its neighbours.
+  """
+  gate_proj, up_proj, down_proj = (w.astype(x.dtype) for w in weights)
+  n_experts = gate_proj.shape[0]
+  one_hot = jax.nn.one_hot(expert_ids, n_experts, dtype=jnp.float32)
+  gate_NE = jnp.einsum("NK,NKE->NE", gates, one_hot)
+  gate = dot("ND,EDF->ENF", x, gate_proj)
+  up = dot("ND,EDF->ENF", x, up_proj)
+  h = (nn.silu(gate) * up).astype(jnp.float32) * gate_NE.T[:, :, None]
+  return dot("ENF,EFD->ND", h.astype(x.dtype), down_proj)
+
+
+def routed_experts(
+  x: jax.Array,
+  gates: jax.Array,
+  expert_ids: jax.Array,
+  weights: tuple[jax.Array, jax.Array, jax.Array],
+  *,
+  implementation: str | None = None,
+) -> jax.Array:
+  """sum_i g_i E_i(x) over the chosen experts; V3 eq. 12. None is dropped.
+
+  Args:
+    x: [N, D].
+    gates: float32 [N, K].
+    expert_ids: int32 [N, K].
+    weights: gate_proj [E, D, F], up_proj [E, D, F], down_proj [E, F, D].
+    implementation: "dense", a form of `grouped_matmul`, or None: dense on the
+      CPU where padding to blocks would cost as much (few tokens an expert),
+      else grouped.
+
+  Returns:
+    [N, D] in the dtype of `x`.
+  """
+  if implementation is None:
+    few = x.shape[0] <= DENSE_TOKENS_PER_EXPERT * weights[0].shape[0]
+    if default_implementation() == "blocks" and few:
+      implementation = "dense"
+  if implementation == "dense":
+    return routed_experts_dense(x, gates, expert_ids, weights)
+  return routed_experts_grouped(x, gates, expert_ids, weights, implementation)
+
+
+# By measurement on 2 CPU cores; see tools/bench_train.py.
+DENSE_TOKENS_PER_EXPERT = 64
+
+
+class MoE(nn.Module):
+  """Router, routed experts and the ungated shared expert; V3 eq. 12."""
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, x, segment_ids, expert_ids=None):
+    """Args: x [B, T, D]; segment_ids, expert_ids as in `Transformer`."""
+    c = self.cfg
+    init, dtype = normal_init(c), jnp.dtype(c.param_dtype)
+    d, e, f = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
+    router = self.param("router", init, (d, e), dtype)
+    expert_bias = self.variable(
+      "router", "expert_bias", jnp.zeros, (e,), jnp.float32
+    )
+    weights = (
+      self.param("gate_proj", init, (e, d, f), dtype),
+      self.param("up_proj", init, (e, d, f), dtype),
+      self.param("down_proj", init, (e, f, d), dtype),
+    )
+    # The gate is float32 whatever the model's dtype (sheet 2.4).
+    logits = dot("BTD,DE->BTE", x.astype(jnp.float32), router)
+    expert_ids, gates, scores = route(logits, expert_bias.value, c, expert_ids)
+    k = c.num_experts_per_tok
+    out = routed_experts(
+      x.reshape(-1, d), gates.reshape(-1, k), expert_ids.reshape(-1, k), weights
+    ).reshape(x.shape)
+    if c.n_shared_experts:
+      out += SwiGLU(c, width=c.n_shared_experts * f, name="shared")(x)
+    mask = segment_ids != 0
+    chosen = count_experts(expert_ids, e) * mask[..., None]
+    routing = Routing(
+      expert_ids=expert_ids,
+      expert_load=chosen.sum(axis=(0, 1)),
+      balance_loss=sequence_balance_loss(scores, mask, k),
+    )
+    return out, routing

@@ -1,0 +1,54 @@
+"""Multi-token prediction: one more block per further token (V3 eq. 21-23)."""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlm.models.block import Block
+from rlm.models.config import ModelConfig
+from rlm.models.layers import RMSNorm, dot, normal_init
+
+
+class MTPModule(nn.Module):
+  """h'_i = M [RMSNorm(Emb(t_{i+k})); RMSNorm(h_i)], then a block and a norm.
+
+  The order inside M is that of the released weights (eh_proj), embedding
+  first; the paper prints the other one. The norm at the end is the module's
+  own, not the model's final norm. h_i is the state after that final norm, or
+  after the norm of the module before.
+  """
+
+  cfg: ModelConfig
+
+  @nn.compact
+  def __call__(self, hidden, embedded, rotations, positions, segment_ids):
+    """[B, T, D], embedding of each position's next input [B, T, D]."""
+    c = self.cfg
+    shape = (2 * c.hidden_size, c.hidden_size)
+    dtype = jnp.dtype(c.param_dtype)
+    proj = self.param("proj", normal_init(c), shape, dtype)
+    joined = jnp.concatenate(
+      [
+        RMSNorm(c, name="embedding_norm")(embedded),
+        RMSNorm(c, name="hidden_norm")(hidden),
+      ],
+      axis=-1,
+    )
+    x = dot("BTC,CD->BTD", joined, proj)
+    block = Block(c, routed=not c.is_dense, name="block")
+    x, (_, routing) = block(x, rotations, positions, segment_ids, None)
+    return RMSNorm(c, name="norm")(x), routing
+
+
+def next_inputs(tokens: jax.Array, depth: int) -> jax.Array:
+  """Tokens that module k reads at each position, t_{i+1+k} for k = 0..D-1.
+
+  Args:
+    tokens: int32 [B, T].
+    depth: D.
+
+  Returns:
+    int32 [D, B, T]. The last 1 + k positions wrap round to the row's start;
+    they predict past its end, where no target is.
+  """
+  return jnp.stack([jnp.roll(tokens, -1 - k, axis=1) for k in range(depth)])

@@ -1,0 +1,244 @@
+"""The Transformer: embedding, stacked blocks, final norm, head, MTP.
+
+One definition for training, prefill, decode and published checkpoints. The
+parameters of each kind of layer (dense, MoE, MTP) are stacked on a leading
+axis; whether layers run in a scan or unrolled never changes the tree.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from rlm.models.block import Block
+from rlm.models.config import ModelConfig
+from rlm.models.layers import Embedding, RMSNorm, normal_init
+from rlm.models.mla import LatentCache, LayerCache
+from rlm.models.moe import Routing, update_expert_bias
+from rlm.models.mtp import MTPModule, next_inputs
+from rlm.models.rope import rope_rotations
+
+Variables = Any  # Flax's {"params": tree, "router": tree}
+
+
+def _remat(body, policy: str):
+  """Wraps a layer body: body(module, carry, xs) -> carry, ys."""
+  if policy == "none":
+    return body
+  policies = {
+    "block": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  }
+  return nn.remat(body, prevent_cse=False, policy=policies[policy])
+
+
+class Transformer(nn.Module):
+  """DeepSeek-V2/V3 (`cfg` names which). See the methods for the forms.
+
+  Variables: `params`, and `router` with the expert biases, float32 [L, E],
+  which no gradient touches.
+  """
+
+  cfg: ModelConfig
+
+  def setup(self):
+    c = self.cfg
+    self.embed = Embedding(c)
+    if c.first_k_dense_replace:
+      self.dense_layers = Block(c, routed=False)
+    if c.num_moe_layers:
+      self.moe_layers = Block(c, routed=True)
+    self.final_norm = RMSNorm(c)
+    if not c.tie_word_embeddings:
+      shape = (c.hidden_size, c.vocab_size)
+      dtype = jnp.dtype(c.param_dtype)
+      self.head = self.param("head", normal_init(c), shape, dtype)
+    if c.num_nextn_predict_layers:
+      self.mtp_modules = MTPModule(c)
+
+  def _scan(self, body, module, length, carry, xs, remat=True):
+    """Runs `body` over a stack of `length` layers; xs and ys lead with it."""
+    c = self.cfg
+    scanned = nn.scan(
+      _remat(body, c.remat) if remat else body,
+      variable_axes={"params": 0, "router": 0},
+      split_rngs={"params": True},
+      length=length,
+      unroll=length if c.unroll_layers else 1,
+    )
+    return scanned(module, carry, xs)
+
+  def _rotations(self, positions):
+    c = self.cfg
+    dim = c.qk_rope_head_dim
+    return rope_rotations(positions, dim, c.rope_theta, c.rope_scaling)
+
+  def _layers(self, x, dense_body, moe_body, dense_xs, moe_xs):
+    """All blocks in order; returns x, per-layer entries [L, ...], Routing."""
+    c = self.cfg
+    entries, routing = [], _no_routing(c, x)
+    if c.first_k_dense_replace:
+      x, (entry, _) = self._scan(
+        dense_body, self.dense_layers, c.first_k_dense_replace, x, dense_xs
+      )
+      entries.append(entry)
+    if c.num_moe_layers:
+      x, (entry, routing) = self._scan(
+        moe_body, self.moe_layers, c.num_moe_layers, x, moe_xs
+      )
+      entries.append(entry)
+    entries = jax.tree.map(lambda *e: jnp.concatenate(e), *entries)
+    return x, entries, routing
+
+  def _expanded(self, tokens, positions, segment_ids, expert_ids):
+    rotations = self._rotations(positions)
+
+    def body(block, x, ids):
+      return block(x, rotations, positions, segment_ids, ids)
+
+    x = self.embed(tokens)
+    x, entries, routing = self._layers(x, body, body, None, expert_ids)
+    return self.final_norm(x), entries, routing
+
+  def __call__(self, tokens, positions, segment_ids, expert_ids=None):
+    """Training form.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [B, T], within each segment.
+      segment_ids: int32 [B, T]; tokens see their own segment; 0 is padding.
+      expert_ids: int32 [L_moe, B, T, K] to replay routes, or None.
+
+    Returns:
+      hidden: cfg.dtype [B, T, D], after the final norm.
+      routing: Routing of the MoE layers, leading axis L_moe (0 if dense).
+    """
+    hidden, _, routing = self._expanded(
+      tokens, positions, segment_ids, expert_ids
+    )
+    if self.is_initializing() and self.cfg.num_nextn_predict_layers:
+      self.mtp(hidden, tokens, positions, segment_ids)
+    return hidden, routing
+
+  def mtp(self, hidden, tokens, positions, segment_ids):
+    """States that predict the tokens after the next; V3 eq. 21-23.
+
+    Args:
+      hidden: [B, T, D] of `__call__`, after the final norm.
+      tokens: int32 [B, T].
+      positions: int32 [B, T].
+      segment_ids: int32 [B, T].
+
+    Returns:
+      mtp_hidden: [depth, B, T, D]; depth k at position t predicts
+        tokens[t + 2 + k]. Where that lies in another segment the state is
+        meaningless and the caller's loss leaves it out.
+      routing: Routing with leading axis `depth`.
+    """
+    c = self.cfg
+    depth = c.num_nextn_predict_layers
+    rotations = self._rotations(positions)
+
+    def body(module, hidden, inputs):
+      hidden, routing = module(
+        hidden, self.embed(inputs), rotations, positions, segment_ids
+      )
+      return hidden, (hidden, routing)
+
+    inputs = next_inputs(tokens, depth)
+    _, (states, routing) = self._scan(
+      body, self.mtp_modules, depth, hidden, inputs
+    )
+    return states, _no_routing(c, hidden) if c.is_dense else routing
+
+  def prefill(self, tokens, positions, segment_ids):
+    """Expanded form that keeps the latents, for left-aligned prompts.
+
+    Args:
+      tokens: int32 [B, T]; row b is a prompt in its first tokens.
+      positions: int32 [B, T].
+      segment_ids: int32 [B, T], 1 for the prompt and 0 after it.
+
+    Returns:
+      hidden [B, T, D]; LatentCache of capacity T; expert_ids int32
+      [L_moe, B, T, K].
+    """
+    hidden, layers, routing = self._expanded(
+      tokens, positions, segment_ids, None
+    )
+    lengths = (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
+    return hidden, LatentCache(layers, lengths), routing.expert_ids
+
+  def decode(self, tokens, cache: LatentCache):
+    """Absorbed form of one new token a row, at position `cache.lengths`.
+
+    Args:
+      tokens: int32 [B, 1].
+      cache: with room for one more token in each row that matters; a full row
+        writes nothing.
+
+    Returns:
+      hidden [B, 1, D]; the cache with the token added; expert_ids int32
+      [L_moe, B, 1, K].
+    """
+    k = self.cfg.first_k_dense_replace
+    rotations = self._rotations(cache.lengths[:, None])
+    segment_ids = jnp.ones_like(tokens)
+
+    def body(block, x, layer: LayerCache):
+      return block.decode(x, rotations, layer, cache.lengths, segment_ids)
+
+    x, entries, routing = self._layers(
+      self.embed(tokens),
+      body,
+      body,
+      jax.tree.map(lambda a: a[:k], cache.layers),
+      jax.tree.map(lambda a: a[k:], cache.layers),
+    )
+    return self.final_norm(x), cache.append(entries), routing.expert_ids
+
+
+def _no_routing(cfg: ModelConfig, x: jax.Array) -> Routing:
+  """The Routing of no layers, for dense models."""
+  b, t = x.shape[:2]
+  experts = max(cfg.n_routed_experts, 1)
+  return Routing(
+    expert_ids=jnp.zeros((0, b, t, cfg.num_experts_per_tok), jnp.int32),
+    expert_load=jnp.zeros((0, experts), jnp.float32),
+    balance_loss=jnp.zeros((0, b), jnp.float32),
+  )
+
+
+def head_kernel(variables: Variables, cfg: ModelConfig) -> jax.Array:
+  """The head [D, V], shared with MTP; the embedding's transpose if tied."""
+  params = variables["params"]
+  if cfg.tie_word_embeddings:
+    return params["embed"]["embedding"].T
+  return params["head"]
+
+
+def update_router(
+  router: Any, expert_load: jax.Array, mtp_load: jax.Array, rate
+) -> Any:
+  """One aux-loss-free step of every expert bias.
+
+  Args:
+    router: the `router` collection; empty for a dense model.
+    expert_load: float32 [L_moe, E], tokens over the global batch.
+    mtp_load: float32 [depth, E], of the MTP modules; None leaves theirs.
+    rate: gamma.
+
+  Returns:
+    The new collection.
+  """
+  router = jax.tree.map(lambda x: x, dict(router))
+  if "moe_layers" in router:
+    bias = router["moe_layers"]["ffn"]["expert_bias"]
+    bias = update_expert_bias(bias, expert_load, rate)
+    router["moe_layers"] = {"ffn": {"expert_bias": bias}}
+  if "mtp_modules" in router and mtp_load is not None:
+    bias = router["mtp_modules"]["block"]["ffn"]["expert_bias"]
+    bias = update_expert_bias(bias, mtp_load, rate)
+    router["mtp_modules"] = {"block": {"ffn": {"expert_bias": bias}}}
+  return router
