@@ -1,1 +1,1 @@
-"""Parsing of responses and the rewards computed from them."""
+"""What a response is worth: its format, its answer, named rewards."""

@@ -1,1 +1,1 @@
-"""Procedural problems with levels, worked solutions and verifiers."""
+"""Problems with difficulty levels, worked solutions and verifiers."""
