@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from rlm.models.config import ModelConfig
 from rlm.kernels import mla_attention as kernel
-from rlm.models.layers import RMSNorm, dot, normal_init
+from rlm.models.config import ModelConfig
+from rlm.models.layers import RMSNorm, dot, linear, normal_init
 from rlm.models.rope import apply_rope, softmax_scale
 
 
@@ -70,6 +70,26 @@ class LatentCache:
     layers = jax.tree.map(lambda x: jnp.pad(x, pad), self.layers)
     return self.replace(layers=layers)
 
+  def replace_rows(
+    self, other: "LatentCache", rows: jax.Array
+  ) -> "LatentCache":
+    """Row b becomes row rows[b] of `other`, or stays where rows[b] is -1.
+
+    Args:
+      other: a cache of the same capacity, of any number of rows.
+      rows: int32 [B].
+    """
+    taken, source = rows >= 0, jnp.maximum(rows, 0)
+
+    def choose(mine, theirs):
+      theirs = jnp.take(theirs, source, axis=1)
+      return jnp.where(taken[None, :, None, None], theirs, mine)
+
+    return LatentCache(
+      layers=jax.tree.map(choose, self.layers, other.layers),
+      lengths=jnp.where(taken, other.lengths[source], self.lengths),
+    )
+
   def append(self, entries: LayerCache) -> "LatentCache":
     """Writes one token a row at its length.
 
@@ -116,22 +136,22 @@ class MLA(nn.Module):
 
   def query_latent(self, x: jax.Array) -> jax.Array:
     """c^Q, normalised; [B, T, D] -> [B, T, Q]."""
-    return self.q_norm(dot("BTD,DQ->BTQ", x, self.q_a))
+    return self.q_norm(linear(x, self.q_a))
 
   def _queries(self, x, rotations):
     """q_nope [B, T, N, H] and rotated q_rope [B, T, N, R]."""
     c = self.cfg
     if c.q_lora_rank is None:
-      q = dot("BTD,DM->BTM", x, self.q_proj)
+      q = linear(x, self.q_proj)
     else:
-      q = dot("BTQ,QM->BTM", self.query_latent(x), self.q_b)
+      q = linear(self.query_latent(x), self.q_b)
     q = q.reshape(*x.shape[:2], c.num_attention_heads, -1)
     q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_rope, *rotations)
 
   def _latents(self, x, rotations):
     """Normalised kv_latent [B, T, C] and rotated k_rope [B, T, R]."""
-    kv = dot("BTD,DC->BTC", x, self.kv_a)
+    kv = linear(x, self.kv_a)
     kv_latent, k_rope = jnp.split(kv, [self.cfg.kv_lora_rank], axis=-1)
     return self.kv_norm(kv_latent), apply_rope(k_rope, *rotations)
 
@@ -142,9 +162,7 @@ class MLA(nn.Module):
     return jnp.split(kv_b, [c.qk_nope_head_dim], axis=-1)
 
   def _out(self, heads):
-    return dot(
-      "BTM,MD->BTD", heads.reshape(*heads.shape[:2], -1), self.out_proj
-    )
+    return linear(heads.reshape(*heads.shape[:2], -1), self.out_proj)
 
   @property
   def _scale(self) -> float:
@@ -167,7 +185,7 @@ class MLA(nn.Module):
     c = self.cfg
     q_nope, q_rope = self._queries(x, rotations)
     kv_latent, k_rope = self._latents(x, rotations)
-    kv = dot("BSC,CM->BSM", kv_latent, self.kv_b)
+    kv = linear(kv_latent, self.kv_b)
     kv = kv.reshape(*x.shape[:2], c.num_attention_heads, -1)
     k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
     out, _ = kernel.mla_attention(

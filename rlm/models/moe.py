@@ -15,7 +15,7 @@ from rlm.kernels.grouped_matmul import (
   row_alignment,
 )
 from rlm.models.config import ModelConfig
-from rlm.models.layers import SwiGLU, dot, normal_init
+from rlm.models.layers import SwiGLU, dot, linear, normal_init
 
 
 @flax.struct.dataclass
@@ -318,7 +318,7 @@ class MoE(nn.Module):
       self.param("down_proj", init, (e, f, d), dtype),
     )
     # The gate is float32 whatever the model's dtype (sheet 2.4).
-    logits = dot("BTD,DE->BTE", x.astype(jnp.float32), router)
+    logits = linear(x.astype(jnp.float32), router)
     expert_ids, gates, scores = route(logits, expert_bias.value, c, expert_ids)
     k = c.num_experts_per_tok
     out = routed_experts(

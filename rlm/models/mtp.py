@@ -6,7 +6,7 @@ from flax import linen as nn
 
 from rlm.models.block import Block
 from rlm.models.config import ModelConfig
-from rlm.models.layers import RMSNorm, dot, normal_init
+from rlm.models.layers import RMSNorm, linear, normal_init
 
 
 class MTPModule(nn.Module):
@@ -34,7 +34,7 @@ class MTPModule(nn.Module):
       ],
       axis=-1,
     )
-    x = dot("BTC,CD->BTD", joined, proj)
+    x = linear(joined, proj)
     block = Block(c, routed=not c.is_dense, name="block")
     x, (_, routing) = block(x, rotations, positions, segment_ids, None)
     return RMSNorm(c, name="norm")(x), routing
