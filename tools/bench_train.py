@@ -1,0 +1,228 @@
+"""Training speed of rlm and of transformers' DeepseekV3, tokens per second.
+
+  python -m tools.bench_train --config=configs/pretrain/laptop.py \
+    --experts 8 64 --precision float32 mixed --output=train.json
+
+needs the extra `parity`; `--alone` measures rlm without it. Both sides take
+the model section of the config (without MTP, which transformers does not
+train), the same random tokens, next-token loss, clipping and AdamW with float32
+parameters and moments. `mixed` is bfloat16 compute over float32 parameters:
+dtype on our side, autocast on torch's. Torch runs eagerly, in the fastest of
+its attention and expert implementations on this machine. Rounds alternate; the
+ratio is that of the medians. Run it on an idle machine.
+"""
+
+import argparse
+import dataclasses
+import os
+import runpy
+import statistics
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from rlm.config import build
+from rlm.losses import global_weights, make_pretrain_loss
+from rlm.models.config import ModelConfig
+from rlm.models.transformer import Transformer
+from rlm.optim.optimizer import OptimizerConfig, make_optimizer
+from rlm.train import init_state, make_train_step, split_microbatches
+from tools import interleave
+
+ADAMW = OptimizerConfig(
+  clip_norm=1.0,
+  b1=0.9,
+  b2=0.95,
+  eps=1e-8,
+  weight_decay=0.1,
+  moment_dtype="float32",
+  muon=None,
+)
+LEARNING_RATE = 1e-3
+
+
+def random_tokens(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
+  """int32 [rows, length] of ids in use."""
+  rng = np.random.default_rng(0)
+  return rng.integers(cfg.n_vocab_used, size=(rows, length), dtype=np.int32)
+
+
+def rlm_steps(
+  cfg: ModelConfig, tokens: np.ndarray, steps: int
+) -> tuple[Callable[[], None], int]:
+  """A function that takes `steps` training steps, and the parameter count."""
+  model, tx = Transformer(cfg), make_optimizer(ADAMW)
+  rows, length = tokens.shape
+  positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
+  batch = split_microbatches(
+    jax.device_get(
+      global_weights(
+        {
+          "tokens": tokens,
+          "positions": positions,
+          "segment_ids": np.ones_like(tokens),
+          "loss_mask": np.ones(tokens.shape, bool),
+        },
+        mtp_depth=cfg.num_nextn_predict_layers,
+      )
+    ),
+    microbatch_rows=rows,
+    num_microbatches=1,
+  )
+  variables = jax.jit(model.init)(
+    jax.random.key(0), tokens, positions, np.ones_like(tokens)
+  )
+  step = jax.jit(
+    make_train_step(
+      make_pretrain_loss(
+        model,
+        mtp_weight=0.3 if cfg.num_nextn_predict_layers else 0.0,
+        balance_weight=1e-4,
+      ),
+      tx,
+      schedule=lambda step: LEARNING_RATE,
+      bias_update_rate=1e-3,
+      num_microbatches=1,
+      ema_decay=None,
+      skip_nonfinite=True,
+    ),
+    donate_argnums=0,
+  )
+  state = init_state(variables, tx, ema_decay=None)
+
+  def run():
+    nonlocal state
+    for _ in range(steps):
+      state, metrics = step(state, batch, jax.random.key(0))
+    jax.block_until_ready((state, metrics))
+
+  return run, sum(x.size for x in jax.tree.leaves(variables["params"]))
+
+
+def torch_steps(
+  cfg: ModelConfig, tokens: np.ndarray, steps: int, *, rounds: int
+) -> tuple[Callable[[], None], int, dict[str, object]]:
+  """The same with transformers, in the fastest variant for these shapes."""
+  import torch
+
+  from tools import torch_deepseek
+
+  ids = torch.from_numpy(tokens.astype(np.int64))
+
+  def make(variant):
+    model = torch_deepseek.make_model(cfg, variant).train()
+    optimizer = torch.optim.AdamW(
+      model.parameters(),
+      lr=LEARNING_RATE,
+      betas=(ADAMW.b1, ADAMW.b2),
+      eps=ADAMW.eps,
+      weight_decay=ADAMW.weight_decay,
+      fused=True,
+    )
+    mixed = cfg.dtype == "bfloat16"
+
+    def run(steps=steps):
+      for _ in range(steps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
+          loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), ADAMW.clip_norm)
+        optimizer.step()
+      loss.item()
+
+    return run, torch_deepseek.count_parameters(model)
+
+  made, unusable = {}, {}
+  for variant in torch_deepseek.VARIANTS:
+    try:
+      run, count = make(variant)
+      run(1)
+    except (NotImplementedError, RuntimeError) as error:
+      unusable[str(variant)] = str(error).splitlines()[0]
+      continue
+    made[str(variant)] = run
+  name, seconds = interleave.fastest(
+    {n: (lambda run=run: run(1)) for n, run in made.items()}, rounds=rounds
+  )
+  tried = {"variant": name, "step_seconds": seconds, "unusable": unusable}
+  return made[name], count, tried
+
+
+def compare(cfg: ModelConfig, arguments: argparse.Namespace) -> dict:
+  """One case: both sides at one number of experts and one precision."""
+  tokens = random_tokens(cfg, arguments.batch_size, arguments.length)
+  run, count = rlm_steps(cfg, tokens, arguments.steps)
+  rivals, result = {"rlm": run}, {}
+  if not arguments.alone:
+    run, torch_count, tried = torch_steps(
+      cfg, tokens, arguments.steps, rounds=arguments.rounds
+    )
+    if count != torch_count:
+      raise ValueError(
+        f"rlm has {count} parameters and torch {torch_count}: not one model."
+      )
+    rivals["torch"], result["torch_variants"] = run, tried
+  measured = interleave.rates(
+    rivals, tokens=tokens.size * arguments.steps, rounds=arguments.rounds
+  )
+  for name, rounds in measured.items():
+    result[name] = interleave.summary(rounds)
+  if not arguments.alone:
+    median = {n: statistics.median(rounds) for n, rounds in measured.items()}
+    result["ratio"] = median["rlm"] / median["torch"]
+  return {"parameters": count, **result}
+
+
+def main() -> None:
+  """Reads the flags, measures every case, prints JSON."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--config", required=True, help="a file whose config has `model`")
+  add("--experts", type=int, nargs="+", default=[8, 64])
+  add("--precision", nargs="+", default=["float32"], metavar="float32|mixed")
+  add("--batch_size", type=int, default=64, help="rows of one step")
+  add("--length", type=int, default=64, help="tokens of one row")
+  add("--steps", type=int, default=5, help="steps of one round")
+  add("--rounds", type=int, default=7)
+  add("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+  add("--alone", action="store_true", help="without torch")
+  add("--output", help="also write the JSON here")
+  arguments = parser.parse_args()
+  dtypes = {"float32": "float32", "mixed": "bfloat16"}
+  if set(arguments.precision) - set(dtypes):
+    parser.error(f"--precision takes {', '.join(dtypes)}")
+  packages = ("jax", "flax", "optax")
+  if not arguments.alone:
+    import torch
+
+    torch.set_num_threads(arguments.threads)
+    packages += ("torch", "transformers")
+  config = runpy.run_path(arguments.config)["get_config"]()
+  cfg = build(ModelConfig, config.model, "config.model")
+  cases = []
+  for experts in arguments.experts:
+    for precision in arguments.precision:
+      case = dataclasses.replace(
+        cfg,
+        n_routed_experts=experts,
+        num_nextn_predict_layers=0,
+        dtype=dtypes[precision],
+        param_dtype="float32",
+      )
+      shape = {
+        "experts": experts,
+        "precision": precision,
+        "batch_size": arguments.batch_size,
+        "length": arguments.length,
+      }
+      cases.append({**shape, **compare(case, arguments)})
+  result = interleave.circumstances(packages, arguments.threads)
+  interleave.report({**result, "cases": cases}, arguments.output)
+
+
+if __name__ == "__main__":
+  main()
