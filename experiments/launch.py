@@ -1,0 +1,234 @@
+"""From the command line to `run(config, workdir)`, with errors said plainly.
+
+Every experiment calls `launch.main(run, __doc__)` where it is the main module,
+and imports what needs jax inside `run`, so that --help and every mistake in the
+flags are answered within a second.  Exit codes: 0 done, or stopped on request
+and saved; 1 the run failed; 2 a mistake in the command or its config.
+"""
+
+import ast
+import difflib
+import os
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from rlm import config as config_lib
+from rlm import files, stopping
+
+_HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
+
+
+class _Literal(flags.ArgumentParser):
+  """A key that the file sets to None or a list: a Python literal, or text."""
+
+  syntactic_help = "a Python literal, or text"
+
+  def parse(self, argument):
+    if not isinstance(argument, str):
+      return argument
+    try:
+      return ast.literal_eval(argument)
+    except (SyntaxError, ValueError):
+      return argument
+
+
+for _type in (type(None), list):
+  config_flags.register_flag_parser_for_type(_type, _Literal())
+
+
+class _UsageError(Exception):
+  """The command is wrong; str() is the whole message."""
+
+
+def main(
+  run: Callable[[Any, str], Any], doc: str | None, argv: list[str] | None = None
+) -> None:
+  """Runs an experiment with --config, --config.key=value and --workdir.
+
+  Args:
+    run: the experiment, `run(config, workdir)`.
+    doc: its module's docstring, the text of --help.
+    argv: the command; None is sys.argv.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  values = flags.FlagValues()
+  flags.DEFINE_string(
+    "workdir",
+    None,
+    "Folder of the run; the same command continues it.",
+    flag_values=values,
+  )
+  if not _wants_help(argv):
+    _guard(lambda: _check_config_flags(argv), argv)
+  config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file; --config.key=value changes one of its keys.",
+    flag_values=values,
+    sys_argv=argv,
+  )
+
+  def body(values):
+    if not values.workdir:
+      raise _UsageError(
+        "--workdir is missing: name the folder of this run, such as"
+        " --workdir=runs/first."
+      )
+    run(values.config, values.workdir)
+
+  command(body, doc, values, argv)
+
+
+def command(
+  body: Callable[[flags.FlagValues], Any],
+  doc: str | None,
+  values: flags.FlagValues,
+  argv: list[str] | None = None,
+) -> None:
+  """Parses flags, answers --help, runs `body`, and says errors in one message.
+
+  Args:
+    body: the command; ValueErrors are its user's mistakes.
+    doc: the text of --help.
+    values: the flags it defines; --verbosity is added.
+    argv: the command; None is sys.argv.
+  """
+  argv = list(sys.argv if argv is None else argv)
+  flags.DEFINE_enum(
+    "verbosity",
+    "warning",
+    ["debug", "info", "warning"],
+    "debug shows where an error was raised.",
+    short_name="v",
+    flag_values=values,
+  )
+  if _wants_help(argv):
+    print(_help(doc, values))
+    return
+
+  def parsed():
+    try:
+      rest = values(argv)
+    except flags.Error as error:
+      raise _UsageError(f"{error}\n--help lists the flags.") from error
+    if rest[1:]:
+      raise _UsageError(
+        f"unexpected argument {rest[1]!r}: flags are written --name=value."
+      )
+    with stopping.catch_signals():
+      body(values)
+
+  _guard(parsed, argv)
+
+
+def _guard(body: Callable[[], Any], argv: list[str]) -> None:
+  """Runs `body`; turns what a user can act on into a message and a code."""
+  try:
+    body()
+  except stopping.Stopped as stopped:
+    print(stopped, flush=True)
+  except (_UsageError, ValueError, OSError, FloatingPointError) as error:
+    if _wants_traceback(argv):
+      raise
+    mistake = isinstance(error, (_UsageError, ValueError))
+    if not mistake and not isinstance(
+      error, (files.DiskFullError, FloatingPointError)
+    ):
+      raise  # an OSError or such that nobody foresaw
+    message = error.strerror if isinstance(error, OSError) else str(error)
+    print(f"error: {message}", file=sys.stderr)
+    if not isinstance(error, _UsageError):
+      print("(--verbosity=debug shows where.)", file=sys.stderr)
+    sys.exit(2 if mistake else 1)
+
+
+def _wants_help(argv: list[str]) -> bool:
+  return any(arg in _HELP for arg in argv[1:])
+
+
+def _wants_traceback(argv: list[str]) -> bool:
+  text = " ".join(argv[1:])
+  return re.search(r"(^|\s)--?v(erbosity)?[= ]debug(\s|$)", text) is not None
+
+
+def _help(doc: str | None, values: flags.FlagValues) -> str:
+  lines = [(doc or "").strip(), "", "Flags:"]
+  for name in sorted(values):
+    flag = values[name]
+    if name == flag.name:  # each flag once, not again under its short name
+      lines.append(f"  --{name}: {flag.help}")
+  return "\n".join(lines)
+
+
+def _check_config_flags(argv: list[str]) -> None:
+  """Errors of --config and --config.key, better than the flag library's."""
+  path, overrides = None, []
+  for i, arg in enumerate(argv[1:], start=1):
+    if match := re.fullmatch(r"--?config(?:=(.*))?", arg, re.DOTALL):
+      following = argv[i + 1] if i + 1 < len(argv) else None
+      path = match[1] if match[1] is not None else following
+    elif match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
+      overrides.append(match[1])
+  if not path:
+    raise _UsageError(
+      f"--config is missing: name a config file, such as"
+      f" --config={_some_config()}."
+    )
+  name, *argument = path.split(":", 1)
+  if not os.path.isfile(name):
+    near = _near_files(name)
+    raise _UsageError(
+      f"--config={name}: there is no such file."
+      + (f" Near it: {', '.join(near)}." if near else "")
+    )
+  if not overrides:
+    return
+  known = _dotted(_load(name, argument))
+  for key in overrides:
+    # Entries of lists are written key[0], which only the flag library reads.
+    if "[" not in key and key not in known:
+      raise _UsageError(
+        f"--config.{key}: {name} has no key {key!r}"
+        + config_lib.did_you_mean(key, known)
+      )
+
+
+def _load(path: str, argument: list[str]) -> Any:
+  """`get_config()` of a config file, executed in a namespace of its own."""
+  namespace: dict[str, Any] = {"__name__": "config", "__file__": path}
+  source = pathlib.Path(path).read_text()
+  exec(compile(source, path, "exec"), namespace)
+  return namespace["get_config"](*argument)
+
+
+def _dotted(config: Any, prefix: str = "") -> list[str]:
+  """Every key of a config, sections too, as dotted paths."""
+  keys = []
+  for key, value in config.items():
+    keys.append(f"{prefix}{key}")
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+      keys += _dotted(value, f"{prefix}{key}.")
+  return keys
+
+
+def _near_files(name: str) -> list[str]:
+  """Config files whose paths resemble `name`."""
+  folder = pathlib.Path(name).parent
+  there = [str(path) for path in folder.glob("*.py")]
+  everywhere = [str(path) for path in pathlib.Path("configs").rglob("*.py")]
+  names = [n for n in dict.fromkeys(there + everywhere) if "__init__" not in n]
+  near = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
+  return near or sorted(names)[:3]
+
+
+def _some_config() -> str:
+  files_there = sorted(pathlib.Path("configs").rglob("*.py"))
+  found = [str(f) for f in files_there if f.name != "__init__.py"]
+  return found[0] if found else "configs/NAME.py"

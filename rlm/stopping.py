@@ -1,0 +1,86 @@
+"""SIGTERM and Ctrl-C end a run between two steps, after a save.
+
+  with catch_signals() as stop:
+    for step in ...:
+      ...
+      if stop.requested:
+        save()
+        raise Stopped("pretrain", step + 1)
+
+`experiments/launch.py` turns `Stopped` into a message and exit code 0.
+"""
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(Exception):
+  """A run stopped early, on request, with everything saved.
+
+  Attributes:
+    stage: name of the stage.
+    step: steps done, all of them saved.
+  """
+
+  def __init__(self, stage: str, step: int):
+    self.stage = stage
+    self.step = step
+    super().__init__(
+      f"{stage} stopped after step {step} and is saved. The same command"
+      " continues it."
+    )
+
+
+class Stop:
+  """Whether this process was asked to stop.
+
+  Attributes:
+    requested: True once a signal came.
+  """
+
+  def __init__(self):
+    self.requested = False
+
+  def _handle(self, signum: int, frame: object) -> None:
+    if self.requested and signum == signal.SIGINT:
+      raise KeyboardInterrupt  # pressed twice: at once, without saving
+    self.requested = True
+    # print() is not safe in a handler: it may interrupt a print.
+    os.write(
+      2,
+      f"\n{signal.Signals(signum).name}: stopping after this step"
+      " (Ctrl-C again: at once, back to the last checkpoint)\n".encode(),
+    )
+
+
+_current: Stop | None = None
+
+
+@contextlib.contextmanager
+def catch_signals() -> Iterator[Stop]:
+  """Catches SIGTERM and SIGINT inside the block; nested blocks share a flag.
+
+  Outside the main thread, where Python has no signals, nothing is caught.
+
+  Yields:
+    A `Stop`, to be asked after each step.
+  """
+  global _current
+  if _current is not None:
+    yield _current
+    return
+  stop = _current = Stop()
+  before = {}
+  if threading.current_thread() is threading.main_thread():
+    before = {s: signal.signal(s, stop._handle) for s in _SIGNALS}
+  try:
+    yield stop
+  finally:
+    for signum, handler in before.items():
+      signal.signal(signum, handler)
+    _current = None
