@@ -139,7 +139,7 @@ def update(
       )
     i = cfg.levels.index(level)
     past = success if smoothed[i] is None else smoothed[i]
-    smoothed[i] = float(cfg.smoothing * past + (1 - cfg.smoothing) * success)
+    smoothed[i] = float(past + (1 - cfg.smoothing) * (success - past))
   top, steps_at_top = state["top_level"], state["steps_at_top"]
   place = cfg.levels.index(top)
   steps_at_top += 1

@@ -6,6 +6,7 @@
 
 Length, digits and depth are bounded before any work, so that hostile text
 costs nothing; there are no powers, names, signs or functions.
+White space may stand between tokens.
 """
 
 import re
@@ -14,7 +15,7 @@ from fractions import Fraction
 _MAX_CHARS = 256
 _MAX_DIGITS = 6
 _MAX_DEPTH = 16
-_TOKEN = re.compile(r"[0-9]+|[-+*/()]| +|.", re.DOTALL)
+_TOKEN = re.compile(r"[0-9]+|[-+*/()]|\s+|.", re.DOTALL)
 
 
 class _Malformed(ValueError):
