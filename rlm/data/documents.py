@@ -21,6 +21,8 @@ from rlm.data.tokenizer import Tokenizer
 class Documents:
   """A corpus in flat arrays: document i is [offsets[i], offsets[i + 1]).
 
+  It is held in memory, 5 bytes a token.
+
   Attributes:
     tokens: int32 [total].
     loss_mask: bool [total]; True where a token counts as a target.
