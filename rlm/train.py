@@ -198,7 +198,7 @@ def make_train_step(
       return jax.value_and_grad(of_params, has_aux=True)(params)
 
     loss, aux, grads = _accumulate(loss_and_grad, batch, key, num_microbatches)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
     learning_rate = jnp.float32(schedule(state.step))
