@@ -1,0 +1,354 @@
+"""Curves over a stage's steps: what is drawn, and how to read it.
+
+`PANELS` is the table: a panel appears for every stage that logged one of its
+metrics, so pretraining, SFT and RL need no cases of their own.
+"""
+
+import dataclasses
+import re
+from collections.abc import Mapping
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from rlm.report import svg
+from rlm.report.run_folder import Record
+from rlm.report.series import Series, decimate, nested, series, smooth
+from rlm.report.text import significant
+
+_BUCKETS = 150  # a panel is 350 pixels wide: more points would not be seen
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+  """One plot.
+
+  Attributes:
+    title: what it shows.
+    explanation: one sentence for a reader new to it.
+    lines: (regular expression of the metric's whole name, label); a group of
+      the expression can be used in the label, and each match is a line.
+    log: logarithmic values.
+    fraction: values are shares, shown in percent.
+    limits: (lowest, highest) value on the axis; None fits the data.
+    reference: (value, label) of a line to compare with, or None.
+    text_entropies: the caller's references (entropies of the text) go here.
+    smoothed: whether values are noisy enough for a moving average.
+    whole: whole numbers, held from step to step.
+  """
+
+  title: str
+  explanation: str
+  lines: tuple[tuple[str, str], ...]
+  log: bool = False
+  fraction: bool = False
+  limits: tuple[float | None, float | None] = (None, None)
+  reference: tuple[float, str] | None = None
+  text_entropies: bool = False
+  smoothed: bool = True
+  whole: bool = False
+
+
+PANELS = (
+  Panel(
+    "Loss",
+    "Cross-entropy per predicted token, in nats; lower is better. MTP is the"
+    " extra head that predicts a token further ahead.",
+    (
+      (r"loss/next_token", "next token"),
+      (r"loss/mtp", "MTP"),
+    ),
+  ),
+  Panel(
+    "Held-out bits per byte",
+    "How many bits the model needs for a byte of text that it never trained"
+    " on. Below the dashed lines it knows more than letter and letter-pair"
+    " frequencies.",
+    ((r"heldout/(.+)/bits_per_byte", r"\1"),),
+    text_entropies=True,
+  ),
+  Panel(
+    "Balance loss",
+    "The sequence-wise term that keeps experts evenly used.",
+    ((r"loss/balance", "balance"),),
+  ),
+  Panel(
+    "Reward",
+    "Mean over the completions of a step: what RL maximises.",
+    ((r"reward/mean", "total"), (r"reward/(?!mean$|std$)(.+)", r"\1")),
+    limits=(0, None),
+  ),
+  Panel(
+    "Accuracy while training",
+    "Share of sampled completions with the right answer. “Given format”"
+    " counts only the well-formed ones, so the gap is format, not reasoning.",
+    (
+      (r"accuracy", "accuracy"),
+      (r"accuracy_given_format", "given format"),
+    ),
+    fraction=True,
+    limits=(0, 1),
+  ),
+  Panel(
+    "Accuracy by level",
+    "The same, by difficulty of the problem.",
+    ((r"level/(\d+)/accuracy", r"level \1"),),
+    fraction=True,
+    limits=(0, 1),
+  ),
+  Panel(
+    "Curriculum level",
+    "The hardest level drawn; it rises when success passes a threshold.",
+    ((r"curriculum/level", "level"),),
+    smoothed=False,
+    whole=True,
+  ),
+  Panel(
+    "Response length",
+    "Tokens per completion; “finished” leaves out those cut at the limit.",
+    (
+      (r"response_length/mean", "all"),
+      (r"response_length/finished", "finished"),
+    ),
+    limits=(0, None),
+  ),
+  Panel(
+    "Cut at the length limit",
+    "Share of completions that never reached their end.",
+    ((r"truncated", "truncated"),),
+    fraction=True,
+    limits=(0, None),
+  ),
+  Panel(
+    "Entropy",
+    "Nats per sampled token. Near zero the policy has stopped exploring.",
+    ((r"entropy", "entropy"),),
+    limits=(0, None),
+  ),
+  Panel(
+    "KL to the reference",
+    "How far the policy has moved from its reference, nats per token (k3).",
+    ((r"kl", "KL"),),
+    limits=(0, None),
+  ),
+  Panel(
+    "Clipped tokens",
+    "Share of tokens whose probability ratio hit the clip and gave no"
+    " gradient.",
+    (
+      (r"clip_fraction/high", "above"),
+      (r"clip_fraction/low", "below"),
+    ),
+    fraction=True,
+    limits=(0, None),
+  ),
+  Panel(
+    "Probability ratio",
+    "Extremes of new over old probability in a step; 1 is on-policy.",
+    ((r"ratio/max", "largest"), (r"ratio/min", "smallest")),
+    log=True,
+  ),
+  Panel(
+    "Groups without signal",
+    "Share of prompts whose completions all got the same reward: they teach"
+    " nothing.",
+    ((r"zero_std_groups", "groups"),),
+    fraction=True,
+    limits=(0, None),
+  ),
+  Panel(
+    "Gradient norm",
+    "Before clipping. Spikes point at instability.",
+    ((r"grad_norm", "norm"),),
+    log=True,
+  ),
+  Panel(
+    "Sampler against trainer",
+    "Difference of the log-probability of the same token, with experts"
+    " replayed. It should stay below the dashed line.",
+    (
+      (r"sampler_diff/max", "largest"),
+      (r"sampler_diff/mean", "mean"),
+    ),
+    log=True,
+    reference=(1e-4, "bound"),
+  ),
+  Panel(
+    "Expert routes that flip",
+    "Share of tokens that the trainer, left to itself, would send to other"
+    " experts than the sampler did.",
+    ((r"route_flip_rate", "flips"),),
+    fraction=True,
+    limits=(0, None),
+  ),
+  Panel(
+    "MTP acceptance",
+    "Share of tokens that the extra head guesses right one step ahead:"
+    " what speculative decoding would save.",
+    ((r"mtp_acceptance", "accepted"),),
+    fraction=True,
+    limits=(0, 1),
+  ),
+  Panel(
+    "Learning rate",
+    "As scheduled.",
+    ((r"learning_rate", "rate"),),
+    limits=(0, None),
+    smoothed=False,
+  ),
+  Panel(
+    "Skipped updates",
+    "Steps whose loss or gradient was not finite, masked.",
+    ((r"nonfinite", "skipped"),),
+    smoothed=False,
+    whole=True,
+  ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+  """A legend's entry, set in HTML outside the data.
+
+  Attributes:
+    colour: a CSS variable's name.
+    label: what the line is; may be text of strangers.
+    last: its last value, formatted; "" for a reference.
+    dashed: a reference line.
+  """
+
+  colour: str
+  label: str
+  last: str
+  dashed: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Chart:
+  """A drawn panel: `svg` is markup of ours, the rest plain text."""
+
+  title: str
+  explanation: str
+  svg: str
+  keys: list[Key]
+
+
+def charts(
+  records: list[Record], references: Mapping[str, float]
+) -> list[Chart]:
+  """Every panel of `PANELS` for which `records` hold a finite value.
+
+  Args:
+    records: metrics of one stage.
+    references: label -> bits per byte, drawn beside the held-out ones.
+
+  Returns:
+    Charts in the table's order, over one common range of steps.
+  """
+  names = sorted({name for record in records for name in record})
+  steps = series(records, "step").steps
+  drawn = []
+  for panel in PANELS:
+    lines = _matches(panel, names, records)
+    # A constant zero (no update skipped, nothing truncated) needs no plot.
+    if not lines or all(not s.values.any() for _, s in lines):
+      continue
+    reference = [] if panel.reference is None else [panel.reference]
+    if panel.text_entropies:
+      reference += [(value, label) for label, value in references.items()]
+    drawn.append(_draw(panel, lines, reference, steps))
+  return drawn
+
+
+def _matches(
+  panel: Panel, names: list[str], records: list[Record]
+) -> list[tuple[str, Series]]:
+  found = []
+  for pattern, label in panel.lines:
+    matches = [m for n in names if (m := re.fullmatch(pattern, n))]
+    matches.sort(key=lambda m: (len(m[0]), m[0]))  # level/9 before level/10
+    for match in matches:
+      column = series(records, match[0])
+      if len(column):
+        found.append((match.expand(label), column))
+  return found
+
+
+def _draw(
+  panel: Panel,
+  lines: list[tuple[str, Series]],
+  references: list[tuple[float, str]],
+  steps: np.ndarray,
+) -> Chart:
+  figure, axes = svg.make_axes()
+  colours = (
+    [svg.COLOURS[f"line{i + 1}"] for i in range(len(lines))]
+    if len(lines) <= 4 and "level" not in lines[0][0]
+    else svg.ramp(len(lines))
+  )
+  keys: list[Key] = []
+  for (label, data), colour in reversed(list(zip(lines, colours, strict=True))):
+    last = data.last
+    if panel.log:
+      positive = data.values > 0
+      data = Series(data.steps[positive], data.values[positive])
+    if len(data) > 40 and panel.smoothed:
+      thin = decimate(data, _BUCKETS)
+      axes.plot(thin.steps, thin.values, color=colour, lw=0.8, alpha=0.3)
+      data = smooth(data, _BUCKETS)
+      last = data.last
+    elif len(data) > 2 * _BUCKETS:
+      data = decimate(data, _BUCKETS)
+    axes.plot(
+      data.steps,
+      data.values,
+      color=colour,
+      marker="o" if len(data) == 1 else None,
+      drawstyle="steps-post" if panel.whole else None,
+    )
+    shown = (
+      f"{significant(100 * last)}%" if panel.fraction else significant(last)
+    )
+    keys.insert(0, Key(svg.colour_name(colour), label, shown))
+  for value, label in references:
+    axes.axhline(value, color=svg.COLOURS["muted"], lw=1, ls=(0, (4, 3)))
+    keys.append(Key("muted", f"{label} {significant(value)}", "", True))
+  if len(steps) and steps.max() > steps.min():
+    axes.set_xlim(steps.min(), steps.max())
+  low, high = panel.limits
+  if low is not None:
+    axes.set_ylim(bottom=low)
+  if high is not None:
+    axes.set_ylim(top=high)
+  axes.margins(y=0.08)
+  svg.style_values(axes, log=panel.log, fraction=panel.fraction)
+  svg.style_steps(axes)
+  if panel.whole:
+    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+  return Chart(
+    panel.title, panel.explanation, svg.to_svg(figure, panel.title), keys
+  )
+
+
+def expert_balance(records: list[Record]) -> Chart | None:
+  """The busiest expert's load over the even share, a line per MoE layer."""
+  steps, values = nested(records, "expert_load/max_over_mean")
+  if values.ndim != 2 or not values.size:
+    return None
+  n = values.shape[1]
+  shown = np.unique(np.linspace(0, n - 1, min(n, 8)).astype(int))
+  panel = Panel(
+    "Busiest expert",
+    "Its tokens over the even share, a line per layer; 1 is perfect balance.",
+    (),
+    reference=(1.0, "even"),
+  )
+  lines = []
+  for layer in shown:
+    finite = np.isfinite(values[:, layer])
+    if finite.any():
+      column = Series(steps[finite], values[finite, layer])
+      lines.append((f"MoE layer {layer + 1}", column))
+  if not lines:
+    return None
+  return _draw(panel, lines, [(1.0, "even")], steps)
