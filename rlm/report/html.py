@@ -7,7 +7,6 @@ in the page's head would refuse to run or load anything.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -108,6 +107,7 @@ def _context(run: Run) -> dict[str, Any]:
     s.name: any("reward/mean" in r for r in s.metrics) for s, _ in training
   }
   stage_costs = costs(run)
+  before_each: list[Evaluation | None] = [None, *rows]  # one longer
   context: dict[str, Any] = {
     "title": run.path.resolve().name,
     "subtitle": _subtitle(run),
@@ -123,7 +123,7 @@ def _context(run: Run) -> dict[str, Any]:
     "beyond": _listed(beyond),
     "level_figures": [
       Chart(row.label, "", Markup(level_figure(row, before, levels)), [])
-      for before, row in itertools.pairwise([None, *rows])
+      for before, row in zip(before_each, rows, strict=False)
       if row.levels
     ],
     "comparisons": compare(run),
@@ -297,15 +297,17 @@ def _evaluation_size(rows: list[Evaluation]) -> str:
   if n_problems is None or n_samples is None:
     return ""
   of = f" of the trained {_listed(trained)}" if trained else ""
-  return f"{n_problems:,} problems{of}, {n_samples} sampled answers each."
+  return f"{n_problems:,} problems{of}, each answered {n_samples} times."
 
 
 def _listed(levels: Iterable[int]) -> str:
-  """[2, 3] -> "levels 2, 3"; "" for none."""
-  names = [str(level) for level in sorted(levels)]
-  if not names:
-    return ""
-  return f"level{'s' if len(names) > 1 else ''} {', '.join(names)}"
+  """[2, 3, 4] -> "levels 2–4", [6] -> "level 6"; "" for none."""
+  ordered = sorted(levels)
+  if len(ordered) < 2:
+    return f"level {ordered[0]}" if ordered else ""
+  if ordered == list(range(ordered[0], ordered[-1] + 1)):
+    return f"levels {ordered[0]}–{ordered[-1]}"
+  return f"levels {', '.join(map(str, ordered))}"
 
 
 def _documents(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:

@@ -68,7 +68,7 @@ def test_the_report_of_a_whole_recipe(recipe):
   for text in (
     "+47.0 points",
     "RL raised held-out accuracy after cold start",
-    "400 problems of the trained levels 2, 3, 4, 5, 8 sampled answers each.",
+    "400 problems of the trained levels 2–5, each answered 8 times.",
     "80.7 – 85.3",  # the interval of RL's pass@1
     "beyond training",
     "given format",
