@@ -1,0 +1,369 @@
+"""Accuracy on held-out problems, by level, with intervals and traces.
+
+Sampling (`sample_problems`) is apart from what is made of it (`summarise`,
+`trace_records`), which is plain numpy.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from rlm.data.chat import encode_prompt
+from rlm.data.tokenizer import Tokenizer
+from rlm.eval.pass_at_k import (
+  Interval,
+  bootstrap_interval,
+  majority_at_k,
+  pass_at_k,
+)
+from rlm.rewards.registry import Scored
+from rlm.tasks.base import Problem, Task
+
+
+class Sampler(Protocol):
+  """What an evaluation needs of `rlm.sampling.sampler.Sampler`."""
+
+  def generate(self, variables: Any, prompts: list, keys: Any) -> Any:
+    """Completions of `prompts`, one per request key."""
+
+
+class Scorer(Protocol):
+  """What an evaluation needs of `rlm.rewards.registry.Scorer`."""
+
+  def score(self, problem: Problem, text: str, finished: bool) -> Scored:
+    """The verdict on one completion's text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+  """What is asked, how often, and how it is summed up.
+
+  Attributes:
+    seed: of the problems and of the sampling.
+    levels: levels to ask.
+    levels_trained: levels that training drew; the headline is over these of
+      `levels`, so that stages compare, and harder ones are listed as beyond.
+    problems_per_level: distinct held-out problems of each level.
+    samples_per_problem: n.
+    ks: the k of pass@k and maj@k, each at most n.
+    bootstrap_resamples: draws behind an interval; 2000 settles two digits.
+    traces_per_level: problems of each level whose samples are written down.
+    samples_per_trace: how many samples of each of those.
+  """
+
+  seed: int
+  levels: tuple[int, ...]
+  levels_trained: tuple[int, ...]
+  problems_per_level: int
+  samples_per_problem: int
+  ks: tuple[int, ...]
+  bootstrap_resamples: int
+  traces_per_level: int
+  samples_per_trace: int
+
+  def __post_init__(self):
+    if not set(self.levels) & set(self.levels_trained):
+      raise ValueError(
+        f"levels={self.levels} and levels_trained={self.levels_trained} have"
+        " none in common, so there is no headline. Evaluate a level that"
+        " training drew."
+      )
+    if len(set(self.levels)) != len(self.levels):
+      raise ValueError(f"levels={self.levels} names a level twice.")
+    for name in (
+      "problems_per_level",
+      "samples_per_problem",
+      "bootstrap_resamples",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if not self.ks or not 1 <= min(self.ks) <= max(self.ks):
+      raise ValueError(f"ks={self.ks} must hold numbers of 1 or more.")
+    if max(self.ks) > self.samples_per_problem:
+      raise ValueError(
+        f"pass@{max(self.ks)} needs at least {max(self.ks)} samples per"
+        f" problem, got samples_per_problem={self.samples_per_problem}."
+      )
+    if not 0 <= self.traces_per_level <= self.problems_per_level:
+      raise ValueError(
+        f"traces_per_level={self.traces_per_level} must lie within 0 and"
+        f" problems_per_level={self.problems_per_level}."
+      )
+    if not 0 <= self.samples_per_trace <= self.samples_per_problem:
+      raise ValueError(
+        f"samples_per_trace={self.samples_per_trace} must lie within 0 and"
+        f" samples_per_problem={self.samples_per_problem}."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """n samples of each of P problems.
+
+  Attributes:
+    problems: the P problems.
+    texts: [P][n] completions without EOS.
+    scores: [P][n] verdicts.
+    lengths: int32 [P, n], tokens, EOS included.
+    finished: bool [P, n].
+  """
+
+  problems: list[Problem]
+  texts: list[list[str]]
+  scores: list[list[Scored]]
+  lengths: np.ndarray
+  finished: np.ndarray
+
+  def counts(self, name: str) -> np.ndarray:
+    """How many of each problem's samples have the verdict; int [P]."""
+    return np.array([sum(getattr(s, name) for s in row) for row in self.scores])
+
+
+def heldout_problems(task: Task, cfg: EvaluationConfig) -> list[Problem]:
+  """Distinct held-out problems, level by level.
+
+  Args:
+    task: the family.
+    cfg: which levels, how many.
+
+  Raises:
+    ValueError: the task lacks a level, or has too few held-out problems there.
+  """
+  task.check_levels(cfg.levels, "config.evaluation.levels")
+  return [
+    problem
+    for level in cfg.levels
+    for problem in task.distinct_problems(
+      cfg.seed, cfg.problems_per_level, level, "heldout"
+    )
+  ]
+
+
+def check_heldout(task: Task, problems: Sequence[Problem]) -> None:
+  """Raises ValueError if training may have seen one of `problems`."""
+  for problem in problems:
+    if not task.is_heldout(problem):
+      raise ValueError(
+        f"{problem.prompt!r} of {task.name} is not held out (by the hash of"
+        f" its content, at heldout_fraction={task.heldout_fraction}), so"
+        " training may have drawn it. Evaluate problems of the split"
+        " 'heldout', with the heldout_fraction that training used."
+      )
+
+
+def sample_problems(
+  sampler: Sampler,
+  variables: Any,
+  task: Task,
+  problems: Sequence[Problem],
+  tokenizer: Tokenizer,
+  scorer: Scorer,
+  key: jax.Array,
+  *,
+  samples_per_problem: int,
+) -> Samples:
+  """Draws and scores n samples of each problem.
+
+  Args:
+    sampler: draws, at the temperature it was built with.
+    variables: of the model.
+    task: whose split the problems must be held out in.
+    problems: P problems.
+    tokenizer: encodes prompts, decodes completions.
+    scorer: judges texts.
+    key: sample s of problem p is drawn with fold_in(key, p * n + s).
+    samples_per_problem: n.
+
+  Raises:
+    ValueError: a problem is not held out, or a prompt is too long.
+  """
+  check_heldout(task, problems)
+  n = samples_per_problem
+  prompts = [
+    ids
+    for problem in problems
+    for ids in [encode_prompt(tokenizer, problem.prompt)] * n
+  ]
+  ids = np.arange(len(prompts), dtype=np.int32)
+  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+  drawn = sampler.generate(variables, prompts, keys)
+  texts: list[list[str]] = []
+  scores: list[list[Scored]] = []
+  for p, problem in enumerate(problems):
+    texts.append([])
+    scores.append([])
+    for i in range(p * n, (p + 1) * n):
+      finished = bool(drawn.finished[i])
+      tokens = drawn.tokens[i, : drawn.lengths[i]]
+      text = tokenizer.decode(tokens[:-1] if finished else tokens)
+      texts[p].append(text)
+      scores[p].append(scorer.score(problem, text, finished=finished))
+  return Samples(
+    problems=list(problems),
+    texts=texts,
+    scores=scores,
+    lengths=np.asarray(drawn.lengths, np.int32).reshape(-1, n),
+    finished=np.asarray(drawn.finished, bool).reshape(-1, n),
+  )
+
+
+def measure(samples: Samples, cfg: EvaluationConfig) -> dict[str, Interval]:
+  """Every measure over the problems of `samples`, with 95% intervals.
+
+  Returns:
+    pass_at_1, the mean over n samples; pass_at_k and maj_at_k for each k > 1;
+    format, the share of well-formed samples; pass_at_1_given_format, the
+    correct share of those; steps_correct, the share whose steps are all right;
+    steps_correct_given_correct; response_length in tokens; finished.
+  """
+  n = samples.lengths.shape[1]
+  correct = samples.counts("correct")
+  well_formed = samples.counts("well_formed")
+  steps = samples.counts("steps_correct")
+  both = np.array(
+    [sum(s.correct and s.steps_correct for s in row) for row in samples.scores]
+  )
+  ones = np.ones(len(correct))
+  measures = {
+    "pass_at_1": (correct / n, ones),
+    "pass_at_1_given_format": (correct / n, well_formed / n),
+    "format": (well_formed / n, ones),
+    "steps_correct": (steps / n, ones),
+    "steps_correct_given_correct": (both / n, correct / n),
+    "response_length": (samples.lengths.mean(axis=1), ones),
+    "finished": (samples.finished.mean(axis=1), ones),
+  }
+  for k in cfg.ks:
+    if k > 1:
+      measures[f"pass_at_{k}"] = (pass_at_k(n, correct, k), ones)
+      votes = [_vote(row, k) for row in samples.scores]
+      measures[f"maj_at_{k}"] = (np.array(votes), ones)
+  return {
+    name: bootstrap_interval(
+      numerators,
+      denominators,
+      resamples=cfg.bootstrap_resamples,
+      seed=cfg.seed,
+    )
+    for name, (numerators, denominators) in measures.items()
+  }
+
+
+def _vote(row: list[Scored], k: int) -> float:
+  """maj@k of one problem; ill-formed and cut-off samples do not vote."""
+  answers = [s.answer if s.well_formed else None for s in row]
+  return majority_at_k(answers, [s.correct for s in row], k)
+
+
+def _subset(samples: Samples, levels: set[int]) -> Samples:
+  """The problems of some levels."""
+  keep = [i for i, p in enumerate(samples.problems) if p.level in levels]
+  return Samples(
+    problems=[samples.problems[i] for i in keep],
+    texts=[samples.texts[i] for i in keep],
+    scores=[samples.scores[i] for i in keep],
+    lengths=samples.lengths[keep],
+    finished=samples.finished[keep],
+  )
+
+
+def summarise(
+  samples: Samples, cfg: EvaluationConfig, stage: str
+) -> dict[str, Any]:
+  """The summary of one evaluation, as plain data.
+
+  Args:
+    samples: of the problems of all `cfg.levels`.
+    cfg: what was asked.
+    stage: the stage whose model was asked.
+
+  Returns:
+    The measures over the trained levels, each {"mean", "low", "high", "n"}
+    with None for what has no value; the same by level under "levels" (keys are
+    strings, as in JSON); and the sizes.
+  """
+
+  def plain(measures):
+    return {
+      name: {
+        key: None if isinstance(v, float) and math.isnan(v) else v
+        for key, v in dataclasses.asdict(interval).items()
+      }
+      for name, interval in measures.items()
+    }
+
+  headline = set(cfg.levels) & set(cfg.levels_trained)
+  trained = _subset(samples, headline)
+  return {
+    "stage": stage,
+    "n_problems": len(trained.problems),
+    "n_samples": cfg.samples_per_problem,
+    **plain(measure(trained, cfg)),
+    "levels": {
+      str(level): plain(measure(_subset(samples, {level}), cfg))
+      for level in cfg.levels
+    },
+    "levels_trained": sorted(headline),
+    "levels_beyond": sorted(
+      level for level in cfg.levels if level > max(cfg.levels_trained)
+    ),
+  }
+
+
+def trace_record(
+  stage: str, step: int, problem: Problem, text: str, score: Scored, finished
+) -> dict[str, Any]:
+  """One line of traces/*.jsonl.
+
+  Args:
+    stage: who answered.
+    step: updates made to the weights that answered.
+    problem: what was asked.
+    text: the completion, without EOS.
+    score: its verdict.
+    finished: whether it ended by EOS.
+  """
+  return {
+    "stage": stage,
+    "step": step,
+    "task": problem.task,
+    "level": problem.level,
+    "prompt": problem.prompt,
+    "completion": text,
+    "rewards": score.rewards,
+    "correct": score.correct,
+    "well_formed": score.well_formed,
+    "finished": bool(finished),
+    "steps_correct": score.steps_correct,
+    "answer": score.answer,
+    "expected": problem.answer,
+    "identity": problem.identity,
+  }
+
+
+def trace_records(
+  samples: Samples, cfg: EvaluationConfig, stage: str, step: int
+) -> list[dict[str, Any]]:
+  """Lines of the first `traces_per_level` problems of each level."""
+  records = []
+  seen: dict[int, int] = {}
+  for p, problem in enumerate(samples.problems):
+    seen[problem.level] = seen.get(problem.level, 0) + 1
+    if seen[problem.level] > cfg.traces_per_level:
+      continue
+    for s in range(cfg.samples_per_trace):
+      records.append(
+        trace_record(
+          stage,
+          step,
+          problem,
+          samples.texts[p][s],
+          samples.scores[p][s],
+          samples.finished[p, s],
+        )
+      )
+  return records

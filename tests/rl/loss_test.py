@@ -1,0 +1,229 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm.models.transformer import head_kernel
+from rlm.optim.optimizer import MuonConfig, OptimizerConfig, make_optimizer
+from rlm.rl.loss import (
+  completion_logprobs,
+  freeze,
+  make_logprobs,
+  make_rl_loss,
+)
+from rlm.rl.objectives import OBJECTIVES, token_weights
+from rlm.train import init_state, make_train_step, split_microbatches
+from tests.tiny_model import tiny_model
+
+LENGTH = 12
+# (prompt, completion) lengths of the rows; the last row is padding.
+ROWS = ((3, 5), (2, 9), (4, 1), (5, 6), (3, 3), (0, 0))
+
+
+def make_batch(objective, length=LENGTH, extra_rows=0, seed=0):
+  """Random tokens and routes, in the layout of make_minibatch."""
+  cfg = tiny_model()[0].cfg
+  rng = np.random.default_rng(seed)
+  rows = (*ROWS, *[(0, 0)] * extra_rows)
+  place = np.arange(length)[None]
+  starts, sizes = (np.array(x)[:, None] for x in zip(*rows, strict=True))
+  ends = starts + sizes
+  mask = (place >= starts) & (place < ends)
+  shape = (len(ROWS), LENGTH)
+
+  def widen(x):
+    pad = [(0, extra_rows), (0, length - LENGTH)] + [(0, 0)] * (x.ndim - 2)
+    return np.pad(x, pad)
+
+  # Two different experts of the four, for each layer and token.
+  experts = np.argsort(rng.random((*shape, cfg.num_moe_layers, 4)), axis=-1)
+  experts = widen(experts[..., :2].astype(np.int32)).swapaxes(1, 2)
+  logprobs = -rng.exponential(2.0, shape)
+  old = widen(logprobs + 0.3 * rng.normal(size=shape)).astype(np.float32)
+  return {
+    "tokens": widen(rng.integers(0, 21, shape)).astype(np.int32),
+    "positions": np.broadcast_to(place, mask.shape).astype(np.int32),
+    "segment_ids": (place < ends).astype(np.int32),
+    "loss_mask": mask,
+    "advantages": np.pad(rng.normal(size=len(ROWS)), (0, extra_rows)).astype(
+      np.float32
+    ),
+    "sampler_logprobs": np.where(mask, widen(logprobs), 0).astype(np.float32),
+    "old_logprobs": old,
+    "ref_logprobs": old[::-1] if not extra_rows else old,
+    "weights": np.asarray(
+      token_weights(objective.aggregation, mask, constant_length=9)
+    ),
+    "metric_weights": np.asarray(
+      token_weights("token_mean", mask, constant_length=9)
+    ),
+    "expert_ids": experts,
+  }
+
+
+@functools.cache
+def jitted_loss(name, replay_routes=True):
+  """(variables, batch) -> loss, Aux; without its gradient, quick to compile."""
+  model, _ = tiny_model()
+  loss = make_rl_loss(
+    model, OBJECTIVES[name], temperature=1.0, replay_routes=replay_routes
+  )
+  return jax.jit(lambda v, b: loss(v, b, jax.random.key(0)))
+
+
+def test_logprobs_belong_to_the_token_they_stand_at():
+  model, variables = tiny_model()
+  batch = make_batch(OBJECTIVES["dapo"])
+  logprobs, entropy, _ = jax.jit(
+    functools.partial(
+      completion_logprobs, model, temperature=0.7, replay_routes=True
+    )
+  )(variables, batch)
+  hidden, _ = jax.jit(model.apply)(
+    variables,
+    *(batch[k] for k in ("tokens", "positions", "segment_ids")),
+    batch["expert_ids"].swapaxes(0, 1),
+  )
+  logits = hidden @ head_kernel(variables, model.cfg)[:, :21]
+  logits = np.asarray(logits, np.float64) / 0.7
+  p = np.exp(logits - logits.max(-1, keepdims=True))
+  p /= p.sum(-1, keepdims=True)
+  for b, t in zip(*np.nonzero(batch["loss_mask"]), strict=True):
+    before = p[b, t - 1]  # the state that had seen the tokens before t
+    np.testing.assert_allclose(
+      logprobs[b, t], np.log(before[batch["tokens"][b, t]]), atol=2e-5
+    )
+    np.testing.assert_allclose(
+      entropy[b, t], -(before * np.log(before)).sum(), atol=2e-5
+    )
+
+
+def test_microbatches_add_up_and_padding_counts_nowhere():
+  # Through the model; every objective, without it, in objectives_test.
+  _, variables = tiny_model()
+  objective = OBJECTIVES["grpo_r1"]
+  loss_fn = jitted_loss("grpo_r1")
+  grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  (loss, aux), grads = grad_fn(variables, make_batch(objective))
+  # Three microbatches of wider rows and two more padding rows.
+  wide = make_batch(objective, length=LENGTH + 4, extra_rows=0)
+  split = split_microbatches(wide, microbatch_rows=2, num_microbatches=3)
+  split.pop("num_live")
+  parts = [
+    grad_fn(variables, jax.tree.map(lambda x, i=i: x[i], split))
+    for i in range(3)
+  ]
+  np.testing.assert_allclose(
+    sum(part[0][0] for part in parts), loss, rtol=2e-5, atol=1e-7
+  )
+  total = jax.tree.map(lambda *g: sum(g), *(part[1] for part in parts))
+  largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(grads))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * largest),
+    total,
+    grads,
+  )
+  assert largest > 0 and np.isfinite(largest)
+  load = sum(np.asarray(part[0][1].expert_load) for part in parts)
+  np.testing.assert_allclose(load, aux.expert_load)
+
+
+def test_without_old_logprobs_the_ratio_is_one():
+  model, variables = tiny_model()
+  batch = make_batch(OBJECTIVES["dapo"])
+  split = split_microbatches(batch, microbatch_rows=3, num_microbatches=2)
+  old = jax.jit(make_logprobs(model, temperature=1.0, replay_routes=True))(
+    variables, split
+  ).reshape(batch["old_logprobs"].shape)
+  assert not np.asarray(old)[~batch["loss_mask"]].any()
+  given = batch | {"old_logprobs": old}
+  left_out = {k: v for k, v in batch.items() if k != "old_logprobs"}
+  loss, aux = jitted_loss("dapo")(variables, given)
+  same_loss, same_aux = jitted_loss("dapo")(variables, left_out)
+  assert float(same_aux.metrics["ratio/max"]) == 1.0
+  assert float(same_aux.metrics["ratio/min"]) == 1.0
+  np.testing.assert_allclose(loss, same_loss, atol=1e-6)
+  for name in ("sampler_diff/mean", "sampler_diff/max", "entropy"):
+    np.testing.assert_allclose(
+      aux.metrics[name], same_aux.metrics[name], rtol=1e-5
+    )
+
+
+def test_sampler_diff_by_hand():
+  _, variables = tiny_model()
+  batch = make_batch(OBJECTIVES["dapo"])
+  _, aux = jitted_loss("dapo")(variables, batch)
+  diff = np.abs(batch["old_logprobs"] - batch["sampler_logprobs"])
+  diff = diff[batch["loss_mask"]]
+  np.testing.assert_allclose(
+    aux.metrics["sampler_diff/mean"], diff.mean(), rtol=1e-5
+  )
+  np.testing.assert_allclose(
+    aux.metrics["sampler_diff/max"], diff.max(), rtol=1e-6
+  )
+
+
+def test_routes_are_replayed_only_if_asked():
+  _, variables = tiny_model()
+  batch = make_batch(OBJECTIVES["dapo"])
+  other = batch | {"expert_ids": (batch["expert_ids"] + 1) % 4}
+  loss = lambda replay, b: float(  # noqa: E731
+    jitted_loss("dapo", replay)(variables, b)[0]
+  )
+  assert loss(True, batch) != loss(True, other)
+  assert loss(False, batch) == loss(False, other)
+
+
+def test_an_update_leaves_the_mtp_modules_alone():
+  model, variables = tiny_model()
+  objective = dataclasses.replace(OBJECTIVES["grpo_r1"], kl_weight=0.1)
+  tx = freeze(
+    make_optimizer(
+      OptimizerConfig(
+        clip_norm=1.0,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.5,
+        moment_dtype="float32",
+        muon=MuonConfig(0.9, 2, None, 0.3),
+      )
+    )
+  )
+  step = make_train_step(
+    make_rl_loss(model, objective, temperature=1.0, replay_routes=True),
+    tx,
+    schedule=lambda step: 1e-2,
+    bias_update_rate=0.0,
+    num_microbatches=1,
+    ema_decay=None,
+    skip_nonfinite=False,
+  )
+  state = init_state(variables, tx, ema_decay=None)
+  batch = split_microbatches(
+    make_batch(objective), microbatch_rows=6, num_microbatches=1
+  )
+  after, metrics = jax.jit(step)(state, batch, jax.random.key(0))
+  assert float(metrics["nonfinite"]) == 0
+  assert float(metrics["ratio/max"]) >= float(metrics["ratio/min"]) > 0
+  for name, subtree in after.variables["params"].items():
+    same = jax.tree.map(
+      lambda a, b: bool((a == b).all()), subtree, variables["params"][name]
+    )
+    if name == "mtp_modules":
+      assert all(jax.tree.leaves(same))
+    else:
+      assert not any(jax.tree.leaves(same)), (name, same)
+  # The expert bias is frozen too, and no moments were made for the frozen.
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    after.variables["router"],
+    variables["router"],
+  )
+  moments = [
+    jax.tree_util.keystr(path)
+    for path, _ in jax.tree_util.tree_leaves_with_path(after.opt_state)
+  ]
+  assert moments and not any("mtp_modules" in path for path in moments)
