@@ -4,7 +4,7 @@ from flax import linen as nn
 
 from rlm.models.config import ModelConfig
 from rlm.models.layers import RMSNorm, SwiGLU
-from rlm.models.mla import MLA, LayerCache
+from rlm.models.mla import MLA
 from rlm.models.moe import MoE
 
 
@@ -39,8 +39,8 @@ class Block(nn.Module):
     x, routing = self._feed_forward(x + out, segment_ids, expert_ids)
     return x, (cache, routing)
 
-  def decode(self, x, rotations, cache: LayerCache, lengths, segment_ids):
+  def decode(self, x, rotations, layer, lengths, segment_ids):
     """Absorbed form: x [B, 1, D] -> x, (entry, Routing or None)."""
-    out, entry = self.attn.decode(self.attn_norm(x), rotations, cache, lengths)
+    out, layer = self.attn.decode(self.attn_norm(x), rotations, layer, lengths)
     x, routing = self._feed_forward(x + out, segment_ids, None)
-    return x, (entry, routing)
+    return x, (layer, routing)

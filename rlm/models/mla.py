@@ -16,40 +16,29 @@ from rlm.models.rope import apply_rope, softmax_scale
 
 
 @flax.struct.dataclass
-class LayerCache:
-  """What one layer remembers of each token; tokens are the minor axis.
-
-  Attributes:
-    kv_latent: [B, C, S], the normalised latent c^KV.
-    k_rope: [B, R, S], the rotated key k^R shared by all heads.
-  """
-
-  kv_latent: jax.Array
-  k_rope: jax.Array
-
-
-@flax.struct.dataclass
 class LatentCache:
   """The cache of all layers. Entry s of a row is its token at position s.
 
   Attributes:
-    layers: LayerCache with a leading layer axis, dense layers first:
-      kv_latent [L, B, C, S], k_rope [L, B, R, S].
+    layers: per layer, dense layers first, cfg.dtype [B, C + R, S]: the
+      normalised latent c^KV over the rotated key k^R shared by all heads.
+      Separate arrays and not a stack, so that decode reads a layer and adds a
+      token in place. Tokens are the minor axis: on the CPU the other order
+      costs six times as much.
     lengths: int32 [B], tokens held by each row; later entries are unread.
   """
 
-  layers: LayerCache
+  layers: tuple[jax.Array, ...]
   lengths: jax.Array
 
   @classmethod
   def empty(cls, cfg: ModelConfig, batch: int, capacity: int) -> "LatentCache":
     """A cache of no tokens with room for `capacity` of them in each row."""
-    shape = (cfg.num_hidden_layers, batch)
-    dtype = jnp.dtype(cfg.dtype)
+    shape = (batch, cfg.kv_lora_rank + cfg.qk_rope_head_dim, capacity)
+    # Each layer its own zeros: a buffer cannot be donated twice.
     return cls(
-      layers=LayerCache(
-        kv_latent=jnp.zeros((*shape, cfg.kv_lora_rank, capacity), dtype),
-        k_rope=jnp.zeros((*shape, cfg.qk_rope_head_dim, capacity), dtype),
+      layers=tuple(
+        jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_hidden_layers)
       ),
       lengths=jnp.zeros((batch,), jnp.int32),
     )
@@ -57,7 +46,7 @@ class LatentCache:
   @property
   def capacity(self) -> int:
     """Tokens that a row has room for."""
-    return self.layers.kv_latent.shape[-1]
+    return self.layers[0].shape[-1]
 
   def extend(self, capacity: int) -> "LatentCache":
     """The same tokens with room for `capacity` in each row."""
@@ -66,8 +55,8 @@ class LatentCache:
       raise ValueError(
         f"A cache of {self.capacity} tokens cannot shrink to {capacity}."
       )
-    pad = [(0, 0), (0, 0), (0, 0), (0, more)]
-    layers = jax.tree.map(lambda x: jnp.pad(x, pad), self.layers)
+    pad = [(0, 0), (0, 0), (0, more)]
+    layers = tuple(jnp.pad(layer, pad) for layer in self.layers)
     return self.replace(layers=layers)
 
   def replace_rows(
@@ -82,28 +71,25 @@ class LatentCache:
     taken, source = rows >= 0, jnp.maximum(rows, 0)
 
     def choose(mine, theirs):
-      theirs = jnp.take(theirs, source, axis=1)
-      return jnp.where(taken[None, :, None, None], theirs, mine)
+      theirs = jnp.take(theirs, source, axis=0)
+      return jnp.where(taken[:, None, None], theirs, mine)
 
     return LatentCache(
-      layers=jax.tree.map(choose, self.layers, other.layers),
+      layers=tuple(map(choose, self.layers, other.layers)),
       lengths=jnp.where(taken, other.lengths[source], self.lengths),
     )
 
-  def append(self, entries: LayerCache) -> "LatentCache":
-    """Writes one token a row at its length.
 
-    Args:
-      entries: kv_latent [L, B, C], k_rope [L, B, R].
-    """
-    rows = jnp.arange(self.lengths.shape[0])
+def write_entry(layer: jax.Array, entry: jax.Array, at: jax.Array) -> jax.Array:
+  """Writes one token a row into a layer's cache; nowhere if it is full.
 
-    def write(cache, entry):  # advanced indices lead: [B, L, C]
-      entry = entry.swapaxes(0, 1)
-      return cache.at[:, rows, :, self.lengths].set(entry, mode="drop")
-
-    layers = jax.tree.map(write, self.layers, entries)
-    return LatentCache(layers, self.lengths + 1)
+  Args:
+    layer: [B, C + R, S].
+    entry: [B, C + R].
+    at: int32 [B].
+  """
+  rows = jnp.arange(layer.shape[0])
+  return layer.at[rows, :, at].set(entry, mode="drop")
 
 
 class MLA(nn.Module):
@@ -180,7 +166,7 @@ class MLA(nn.Module):
       segment_ids: int32 [B, T]; 0 is padding.
 
     Returns:
-      out [B, T, D] and the LayerCache of these tokens (T entries).
+      out [B, T, D] and the layer's cache [B, C + R, T] of these tokens.
     """
     c = self.cfg
     q_nope, q_rope = self._queries(x, rotations)
@@ -201,54 +187,38 @@ class MLA(nn.Module):
       scale=self._scale,
       query_chunk=c.attention_chunk,
     )
-    cache = LayerCache(kv_latent.swapaxes(1, 2), k_rope.swapaxes(1, 2))
-    return self._out(out), cache
+    entries = jnp.concatenate([kv_latent, k_rope], axis=-1).swapaxes(1, 2)
+    return self._out(out), entries
 
-  def decode(self, x, rotations, cache: LayerCache, lengths):
+  def decode(self, x, rotations, layer, lengths):
     """Absorbed form of one new token a row.
-
-    The cache is only read: the token attends to itself apart and the two parts
-    of its softmax are joined, so that no layer's cache is copied to add it.
 
     Args:
       x: cfg.dtype [B, 1, D].
       rotations: cos, sin at position `lengths`.
-      cache: kv_latent [B, C, S], k_rope [B, R, S].
+      layer: [B, C + R, S] of LatentCache.
       lengths: int32 [B], entries of the cache in use.
 
     Returns:
-      out [B, 1, D] and the token's entry: kv_latent [B, C], k_rope [B, R].
+      out [B, 1, D] and the layer's cache with the token added.
     """
     q_nope, q_rope = self._queries(x, rotations)
-    kv_latent, k_rope = self._latents(x, rotations)
+    entry = jnp.concatenate(self._latents(x, rotations), axis=-1)
+    layer = write_entry(layer, entry[:, 0], lengths)
     k_up, v_up = self._kv_up()
     q_latent = dot("BTNH,CNH->BTNC", q_nope, k_up)
-    slots = jnp.arange(cache.kv_latent.shape[-1], dtype=jnp.int32)
-    held = (slots[None] < lengths[:, None]).astype(jnp.int32)
+    slots = jnp.arange(layer.shape[-1], dtype=jnp.int32)[None]
     position = lengths[:, None]
-    one = jnp.ones_like(position)
-    out_cache, lse_cache = kernel.mla_decode(
-      q_latent,
-      q_rope,
-      cache.kv_latent,
-      cache.k_rope,
+    held = (slots <= position).astype(jnp.int32)
+    latent, _ = kernel.mla_decode(
+      jnp.concatenate([q_latent, q_rope], axis=-1),
+      layer,
       position,
-      jnp.broadcast_to(slots[None], held.shape),
-      one,
+      jnp.broadcast_to(slots, held.shape),
+      jnp.ones_like(position),
       held,
+      kv_lora_rank=self.cfg.kv_lora_rank,
       scale=self._scale,
     )
-    out_self, lse_self = kernel.mla_decode(
-      q_latent,
-      q_rope,
-      kv_latent.swapaxes(1, 2),
-      k_rope.swapaxes(1, 2),
-      position,
-      position,
-      one,
-      one,
-      scale=self._scale,
-    )
-    latent = kernel.combine(out_cache, lse_cache, out_self, lse_self)
     heads = dot("BTNC,CNh->BTNh", latent, v_up)
-    return self._out(heads), LayerCache(kv_latent[:, 0], k_rope[:, 0])
+    return self._out(heads), layer

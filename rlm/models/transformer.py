@@ -14,7 +14,7 @@ from flax import linen as nn
 from rlm.models.block import Block
 from rlm.models.config import ModelConfig
 from rlm.models.layers import Embedding, RMSNorm, normal_init
-from rlm.models.mla import LatentCache, LayerCache
+from rlm.models.mla import LatentCache
 from rlm.models.moe import Routing, update_expert_bias
 from rlm.models.mtp import MTPModule, next_inputs
 from rlm.models.rope import rope_rotations
@@ -57,15 +57,15 @@ class Transformer(nn.Module):
     if c.num_nextn_predict_layers:
       self.mtp_modules = MTPModule(c)
 
-  def _scan(self, body, module, length, carry, xs, remat=True):
+  def _scan(self, body, module, length, carry, xs, *, unroll=False):
     """Runs `body` over a stack of `length` layers; xs and ys lead with it."""
     c = self.cfg
     scanned = nn.scan(
-      _remat(body, c.remat) if remat else body,
+      _remat(body, c.remat),
       variable_axes={"params": 0, "router": 0},
       split_rngs={"params": True},
       length=length,
-      unroll=length if c.unroll_layers else 1,
+      unroll=length if c.unroll_layers or unroll else 1,
     )
     return scanned(module, carry, xs)
 
@@ -74,18 +74,23 @@ class Transformer(nn.Module):
     dim = c.qk_rope_head_dim
     return rope_rotations(positions, dim, c.rope_theta, c.rope_scaling)
 
-  def _layers(self, x, dense_body, moe_body, dense_xs, moe_xs):
+  def _layers(self, x, dense_body, moe_body, dense_xs, moe_xs, *, unroll=False):
     """All blocks in order; returns x, per-layer entries [L, ...], Routing."""
     c = self.cfg
     entries, routing = [], _no_routing(c, x)
     if c.first_k_dense_replace:
       x, (entry, _) = self._scan(
-        dense_body, self.dense_layers, c.first_k_dense_replace, x, dense_xs
+        dense_body,
+        self.dense_layers,
+        c.first_k_dense_replace,
+        x,
+        dense_xs,
+        unroll=unroll,
       )
       entries.append(entry)
     if c.num_moe_layers:
       x, (entry, routing) = self._scan(
-        moe_body, self.moe_layers, c.num_moe_layers, x, moe_xs
+        moe_body, self.moe_layers, c.num_moe_layers, x, moe_xs, unroll=unroll
       )
       entries.append(entry)
     entries = jax.tree.map(lambda *e: jnp.concatenate(e), *entries)
@@ -168,7 +173,7 @@ class Transformer(nn.Module):
       tokens, positions, segment_ids, None
     )
     lengths = (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
-    return hidden, LatentCache(layers, lengths), routing.expert_ids
+    return hidden, LatentCache(tuple(layers), lengths), routing.expert_ids
 
   def decode(self, tokens, cache: LatentCache):
     """Absorbed form of one new token a row, at position `cache.lengths`.
@@ -186,17 +191,21 @@ class Transformer(nn.Module):
     rotations = self._rotations(cache.lengths[:, None])
     segment_ids = jnp.ones_like(tokens)
 
-    def body(block, x, layer: LayerCache):
+    def body(block, x, layer):
       return block.decode(x, rotations, layer, cache.lengths, segment_ids)
 
-    x, entries, routing = self._layers(
+    # Always unrolled, so that a layer's cache is updated in place: XLA undoes
+    # the stacks below. A scan would copy every cache through its outputs.
+    x, layers, routing = self._layers(
       self.embed(tokens),
       body,
       body,
-      jax.tree.map(lambda a: a[:k], cache.layers),
-      jax.tree.map(lambda a: a[k:], cache.layers),
+      jnp.stack(cache.layers[:k]) if k else None,
+      jnp.stack(cache.layers[k:]) if self.cfg.num_moe_layers else None,
+      unroll=True,
     )
-    return self.final_norm(x), cache.append(entries), routing.expert_ids
+    cache = LatentCache(tuple(layers), cache.lengths + 1)
+    return self.final_norm(x), cache, routing.expert_ids
 
 
 def _no_routing(cfg: ModelConfig, x: jax.Array) -> Routing:

@@ -82,11 +82,13 @@ def _gather(values, ids):
 
 def _pick(weights, target):
   """First index whose running sum passes `target`, and what is left of it."""
-  sums = jnp.cumsum(weights, axis=-1)
-  ids = jnp.arange(weights.shape[-1], dtype=jnp.int32)[None]
-  # If rounding put the target past the end, the last token that has weight.
-  last = jnp.max(jnp.where(weights > 0, ids, 0), axis=-1)
-  hit = _first((sums > target[:, None]) & (weights > 0))
-  picked = jnp.minimum(hit, last)
+  n = weights.shape[-1]
+  sums = jnp.matmul(
+    weights, jnp.triu(jnp.ones((n, n), jnp.float32)), precision="highest"
+  )
+  ids = jnp.arange(n, dtype=jnp.int32)[None]
+  # If rounding put the target past the end, the first token that has weight.
+  order = jnp.where(sums > target[:, None], ids, ids + n)
+  picked = jnp.min(jnp.where(weights > 0, order, 2 * n), axis=-1) % n
   before = _gather(sums, picked) - _gather(weights, picked)
   return picked, jnp.maximum(target - before, 0.0)

@@ -58,16 +58,10 @@ class Drawn(NamedTuple):
   steps: jax.Array  # int32 [], steps taken
 
 
-def next_token_logits(
-  model: Transformer, variables: Any, hidden: jax.Array
-) -> jax.Array:
-  """float32 [B, n_vocab_used] of hidden [B, D]; ids not in use are cut off."""
-  head = head_kernel(variables, model.cfg)[:, : model.cfg.n_vocab_used]
+def next_token_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
+  """float32 [B, V] of hidden [B, D] and head [D, V]."""
   return jnp.einsum(
-    "BD,DV->BV",
-    hidden,
-    head.astype(hidden.dtype),
-    preferred_element_type=jnp.float32,
+    "BD,DV->BV", hidden, head, preferred_element_type=jnp.float32
   )
 
 
@@ -164,6 +158,13 @@ def decode_tokens(
   c = model.cfg
   batch = slots.index.shape[0]
   stops = jnp.array(stop_tokens, jnp.int32)
+  # Once a call and not once a step, since XLA leaves what does not change in
+  # a loop where it finds it. Ids not in use are cut off.
+  head = head_kernel(variables, c)[:, : c.n_vocab_used].astype(c.dtype)
+  uniforms = jax.vmap(request_uniforms, in_axes=(None, 0))(
+    slots.key_data,
+    slots.index[None] + jnp.arange(buffer_steps, dtype=jnp.int32)[:, None],
+  )
 
   def goes_on(carry):
     slots, drawn = carry
@@ -173,9 +174,8 @@ def decode_tokens(
   def step(carry):
     slots, drawn = carry
     live = slots.live
-    uniforms = request_uniforms(slots.key_data, slots.index)
-    logits = next_token_logits(model, variables, slots.hidden)
-    tokens, logprobs = draw(logits, uniforms)
+    logits = next_token_logits(slots.hidden, head)
+    tokens, logprobs = draw(logits, uniforms[drawn.steps])
     tokens = jnp.where(live, tokens, pad_token)
     logprobs = jnp.where(live, logprobs, 0.0)
     hidden, cache, expert_ids = model.apply(
