@@ -4,6 +4,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from markupsafe import Markup
+
 from rlm.report import svg
 from rlm.report.run_folder import Record, Run, stage_label
 from rlm.report.text import is_number, percent
@@ -132,7 +134,7 @@ def evaluations(run: Run) -> list[Evaluation]:
   return [e for e in read if "pass_at_1" in e.measures]
 
 
-def stage_figure(rows: Sequence[Evaluation]) -> str:
+def stage_figure(rows: Sequence[Evaluation]) -> Markup:
   """pass@1 of every stage with its interval, a row per stage.
 
   A hollow dot beside it is the accuracy given good format: where it lies far
@@ -191,7 +193,7 @@ def stage_figure(rows: Sequence[Evaluation]) -> str:
 
 def level_figure(
   row: Evaluation, before: Evaluation | None, levels: Sequence[int]
-) -> str:
+) -> Markup:
   """pass@1 by level after one stage, over the stage before it in grey.
 
   Hollow dots on a shaded ground are levels beyond all training.

@@ -9,12 +9,13 @@ import re
 from collections.abc import Mapping
 
 import numpy as np
+from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from rlm.report import svg
-from rlm.report.run_folder import Record
+from rlm.report.run_folder import Record, flat
 from rlm.report.series import Series, decimate, nested, series, smooth
-from rlm.report.text import significant
+from rlm.report.text import is_number, significant
 
 _BUCKETS = 150  # a panel is 350 pixels wide: more points would not be seen
 
@@ -85,6 +86,7 @@ PANELS = (
     (
       (r"accuracy", "accuracy"),
       (r"accuracy_given_format", "given format"),
+      (r"steps_correct", "right steps"),
     ),
     fraction=True,
     limits=(0, 1),
@@ -183,8 +185,8 @@ PANELS = (
   ),
   Panel(
     "MTP acceptance",
-    "Share of tokens that the extra head guesses right one step ahead:"
-    " what speculative decoding would save.",
+    "Chance that a speculative decoder takes the token drafted by the extra"
+    " head.",
     ((r"mtp_acceptance", "accepted"),),
     fraction=True,
     limits=(0, 1),
@@ -225,11 +227,11 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Chart:
-  """A drawn panel: `svg` is markup of ours, the rest plain text."""
+  """A drawn panel; its texts are plain, not yet escaped."""
 
   title: str
   explanation: str
-  svg: str
+  svg: Markup
   keys: list[Key]
 
 
@@ -328,6 +330,20 @@ def _draw(
   return Chart(
     panel.title, panel.explanation, svg.to_svg(figure, panel.title), keys
   )
+
+
+def text_entropies(summary: Record) -> dict[str, float]:
+  """Entropies of the text, bits per byte, that a stage's summary reports.
+
+  Any number under a key that names a unigram or bigram counts, nested or not:
+  {"text": {"unigram_bits_per_byte": 4.7}} -> {"unigram entropy": 4.7}.
+  """
+  found: dict[str, float] = {}
+  for key, value in flat(summary):
+    for name in ("unigram", "bigram"):
+      if name in key and is_number(value):
+        found.setdefault(f"{name} entropy", value)
+  return found
 
 
 def expert_balance(records: list[Record]) -> Chart | None:

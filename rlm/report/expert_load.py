@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+from markupsafe import Markup
 
 from rlm.report import svg
 from rlm.report.curves import Chart
@@ -69,7 +70,7 @@ def heatmaps(records: list[Record]) -> list[Chart]:
   ]
 
 
-def _heatmap(ratio: np.ndarray, steps: np.ndarray, label: str) -> str:
+def _heatmap(ratio: np.ndarray, steps: np.ndarray, label: str) -> Markup:
   n_experts = ratio.shape[1]
   figure, axes = svg.make_axes(max(120, min(200, 42 + 14 * n_experts)))
   last = steps[-1] if steps[-1] > steps[0] else steps[0] + 1

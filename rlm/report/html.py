@@ -7,7 +7,6 @@ in the page's head would refuse to run or load anything.
 """
 
 import dataclasses
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +22,23 @@ from rlm.report.accuracy import (
   measure_labels,
   stage_figure,
 )
-from rlm.report.cost import StageCost, costs, total
-from rlm.report.curves import Chart, charts, expert_balance
+from rlm.report.cost import costs
+from rlm.report.curves import Chart, charts, expert_balance, text_entropies
 from rlm.report.expert_load import heatmaps
-from rlm.report.findings import findings, points, rl_pair, signed
+from rlm.report.findings import findings
+from rlm.report.overview import (
+  evaluation_size,
+  key_figures,
+  listed,
+  notices,
+  subtitle,
+  total_cost,
+)
 from rlm.report.run_folder import (
-  STAGES,
   Record,
   Run,
   Stage,
+  flat,
   inline_label,
   read_run,
 )
@@ -99,7 +106,7 @@ def _context(run: Run) -> dict[str, Any]:
   levels = sorted({level for row in rows for level in row.levels})
   beyond = sorted({b for row in rows for b in row.beyond} & {*levels})
   training = [
-    (stage, _charts(charts(stage.metrics, text_entropies(stage.summary))))
+    (stage, charts(stage.metrics, text_entropies(stage.summary)))
     for stage in run.stages
   ]
   experts = [(stage, _expert_charts(run, stage)) for stage in run.stages]
@@ -110,19 +117,19 @@ def _context(run: Run) -> dict[str, Any]:
   before_each: list[Evaluation | None] = [None, *rows]  # one longer
   context: dict[str, Any] = {
     "title": run.path.resolve().name,
-    "subtitle": _subtitle(run),
+    "subtitle": subtitle(run),
     "css": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
-    "key_figures": _key_figures(run, rows, stage_costs),
-    "notices": _notices(run, rows),
+    "key_figures": key_figures(run, rows, stage_costs),
+    "notices": notices(run, rows),
     "findings": findings(rows),
     "evaluations": rows,
-    "evaluation_size": _evaluation_size(rows),
+    "evaluation_size": evaluation_size(rows),
     "measures": measure_labels(rows),
-    "stage_figure": Markup(stage_figure(rows)) if rows else "",
+    "stage_figure": stage_figure(rows) if rows else "",
     "levels": [(level, level in beyond) for level in levels],
-    "beyond": _listed(beyond),
+    "beyond": listed(beyond),
     "level_figures": [
-      Chart(row.label, "", Markup(level_figure(row, before, levels)), [])
+      Chart(row.label, "", level_figure(row, before, levels), [])
       for before, row in zip(before_each, rows, strict=False)
       if row.levels
     ],
@@ -133,7 +140,7 @@ def _context(run: Run) -> dict[str, Any]:
     "expert_stages": _staged(experts),
     "costs": stage_costs,
     "longest": max((c.seconds or 0 for c in stage_costs), default=0),
-    "total_cost": _total_cost(run, stage_costs),
+    "total_cost": total_cost(run, stage_costs),
     "documents": _documents(run),
   }
   names = {
@@ -152,16 +159,12 @@ def _context(run: Run) -> dict[str, Any]:
   return context
 
 
-def _charts(drawn: list[Chart]) -> list[Chart]:
-  return [dataclasses.replace(c, svg=Markup(c.svg)) for c in drawn]
-
-
 def _expert_charts(run: Run, stage: Stage) -> list[Chart]:
   balance = expert_balance(stage.metrics)
   drawn = [] if balance is None else [balance]
   if stage.name in _OPEN or not run.is_recipe:
     drawn = heatmaps(stage.metrics) + drawn
-  return _charts(drawn)
+  return drawn
 
 
 def _staged(pairs: list[tuple[Stage, list[Chart]]]) -> list[StageCharts]:
@@ -178,138 +181,6 @@ def _staged(pairs: list[tuple[Stage, list[Chart]]]) -> list[StageCharts]:
   ]
 
 
-def text_entropies(summary: Record) -> dict[str, float]:
-  """Entropies of the text, bits per byte, that a stage's summary reports.
-
-  Any number under a key that names a unigram or bigram counts, nested or not:
-  {"text": {"unigram_bits_per_byte": 4.7}} -> {"unigram entropy": 4.7}.
-  """
-  found: dict[str, float] = {}
-  for key, value in _flat(summary):
-    for name in ("unigram", "bigram"):
-      if name in key and text.is_number(value):
-        found.setdefault(f"{name} entropy", value)
-  return found
-
-
-def _flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
-  """Nested dicts -> [("model.hidden_size", 64), ...], in order."""
-  if not isinstance(value, Mapping) or not value:
-    return [(prefix, value)] if prefix else []
-  return [
-    pair
-    for key, inner in value.items()
-    for pair in _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-  ]
-
-
-def _subtitle(run: Run) -> str:
-  kind = "The recipe" if run.is_recipe else "One run"
-  n = len(run.stages)
-  parts = [f"{kind}, {n} stage{'s' if n != 1 else ''}"]
-  source = run.run or next((s.run for s in run.stages if s.run), {})
-  if text.is_number(seed := run.summary.get("seed", run.config.get("seed"))):
-    parts.append(f"seed {seed}")
-  if isinstance(commit := source.get("commit"), str):
-    parts.append(f"commit {commit[:12]}")
-  return " · ".join(parts)
-
-
-def _key_figures(
-  run: Run, rows: list[Evaluation], stage_costs: list[StageCost]
-) -> list[tuple[str, str, str]]:
-  """(name, figure, what it means): the run at a glance."""
-  found = []
-  if pair := rl_pair(rows):
-    before, after = (e.measures["pass_at_1"] for e in pair)
-    found.append(
-      (
-        "Gain by RL",
-        f"{signed(points(before, after))} points",
-        f"held-out pass@1, over {inline_label(pair[0].label)}",
-      )
-    )
-  if rows:
-    last = next((r for r in rows if r.name == "rl_final"), rows[-1])
-    value = last.measures["pass_at_1"]
-    found.append(
-      (
-        f"Accuracy after {inline_label(last.label)}",
-        f"{text.percent(value.mean)}%",
-        f"held-out pass@1, 95%: {value.bounds}",
-      )
-    )
-  model = run.summary.get("model")
-  if isinstance(model, dict) and text.is_number(model.get("total")):
-    found.append(
-      (
-        "Parameters",
-        text.count(model["total"]),
-        f"{text.count(model.get('activated'))} active per token",
-      )
-    )
-  cost = _total_cost(run, stage_costs)
-  if cost.seconds:
-    tokens = f"{text.count(cost.tokens)} tokens" if cost.tokens else ""
-    found.append(("Time", text.seconds(cost.seconds), tokens))
-  return found
-
-
-def _total_cost(run: Run, stage_costs: list[StageCost]) -> StageCost:
-  seconds = run.summary.get("seconds_total")
-  flops = run.summary.get("flops")
-  return StageCost(
-    "Whole run",
-    seconds
-    if text.is_number(seconds)
-    else total(c.seconds for c in stage_costs),
-    total(c.tokens for c in stage_costs),
-    flops if text.is_number(flops) else total(c.flops for c in stage_costs),
-  )
-
-
-def _notices(run: Run, rows: list[Evaluation]) -> list[str]:
-  """What is missing or broken, in sentences."""
-  found = []
-  if run.missing:
-    names = ", ".join(STAGES[name] for name in run.missing)
-    found.append(f"Not in this folder: {names}.")
-  unfinished = [s.label for s in run.stages if not s.summary]
-  if unfinished:
-    found.append(
-      f"Without a summary, so not finished: {', '.join(unfinished)}."
-    )
-  if run.is_recipe and not rows:
-    found.append("No stage has been evaluated on held-out problems yet.")
-  if unreadable := sum(stage.unreadable for stage in run.stages):
-    found.append(
-      f"{unreadable} unreadable line{'s' if unreadable > 1 else ''} passed"
-      " over in metrics.jsonl and timing.jsonl."
-    )
-  return found
-
-
-def _evaluation_size(rows: list[Evaluation]) -> str:
-  sizes = {(row.n_problems, row.n_samples, row.trained) for row in rows}
-  if len(sizes) != 1:
-    return ""
-  n_problems, n_samples, trained = sizes.pop()
-  if n_problems is None or n_samples is None:
-    return ""
-  of = f" of the trained {_listed(trained)}" if trained else ""
-  return f"{n_problems:,} problems{of}, each answered {n_samples} times."
-
-
-def _listed(levels: Iterable[int]) -> str:
-  """[2, 3, 4] -> "levels 2–4", [6] -> "level 6"; "" for none."""
-  ordered = sorted(levels)
-  if len(ordered) < 2:
-    return f"level {ordered[0]}" if ordered else ""
-  if ordered == list(range(ordered[0], ordered[-1] + 1)):
-    return f"levels {ordered[0]}–{ordered[-1]}"
-  return f"levels {', '.join(map(str, ordered))}"
-
-
 def _documents(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
   """(heading, [(sub-heading, "key = value" lines)]) of config and run.json.
 
@@ -319,9 +190,9 @@ def _documents(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
   if run.is_recipe:
     found.append(("Versions and machine", [("", _lines(run.run))]))
     found.append(("Config of the whole run", [("", _lines(run.config))]))
-  shared = _flat(run.run) if run.is_recipe else []
+  shared = flat(run.run) if run.is_recipe else []
   for stage in run.stages:
-    own = dict(pair for pair in _flat(stage.run) if pair not in shared)
+    own = dict(pair for pair in flat(stage.run) if pair not in shared)
     blocks = [("config", _lines(stage.config)), ("run", _lines(own))]
     found.append((stage.label, blocks))
   filled = [
@@ -334,7 +205,7 @@ def _documents(run: Run) -> list[tuple[str, list[tuple[str, str]]]]:
 def _lines(document: Record) -> str:
   """One "key = value" a line; the hashes of a thousand files are cut short."""
   lines = [
-    f"{key} = {text.shorten(str(value), 300)}" for key, value in _flat(document)
+    f"{key} = {text.shorten(str(value), 300)}" for key, value in flat(document)
   ]
   more = len(lines) - _MAX_LINES
   return "\n".join(lines[:_MAX_LINES] + [f"… and {more} more"] * (more > 0))

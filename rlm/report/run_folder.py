@@ -10,7 +10,7 @@ file is empty, an unreadable line is counted and passed over.
 import dataclasses
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +240,14 @@ def summary_stages(summary: Record) -> list[Record]:
   if not isinstance(entries, list):
     return []
   return [e for e in entries if isinstance(e, dict) and "name" in e]
+
+
+def flat(value: object, prefix: str = "") -> list[tuple[str, object]]:
+  """Nested dicts -> [("model.hidden_size", 64), ...], in order."""
+  if not isinstance(value, Mapping) or not value:
+    return [(prefix, value)] if prefix else []
+  return [
+    pair
+    for key, inner in value.items()
+    for pair in flat(inner, f"{prefix}.{key}" if prefix else str(key))
+  ]

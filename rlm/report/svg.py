@@ -15,6 +15,7 @@ from typing import Any
 from xml.sax.saxutils import quoteattr
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullLocator
@@ -155,7 +156,7 @@ def percent_ticks(axis_ticks: Sequence[float]) -> list[str]:
   return [*labels[:-1], f"{labels[-1]}%"]
 
 
-def to_svg(figure: Figure, label: str) -> str:
+def to_svg(figure: Figure, label: str) -> Markup:
   """The figure as an <svg> element for the middle of an HTML page.
 
   Args:
@@ -200,7 +201,7 @@ def to_svg(figure: Figure, label: str) -> str:
   # The page's font, at the size asked for.
   svg = re.sub(r"; font-family: [^;\"]*", "", svg)
   svg = re.sub(r' transform="rotate\(-?0 [^)]*\)"', "", svg)
-  return re.sub(r"\n\s*", "\n", svg)
+  return Markup(re.sub(r"\n\s*", "\n", svg))
 
 
 def _rounded(match: re.Match[str]) -> str:

@@ -1,7 +1,7 @@
 import pytest
 
 from rlm.report import svg
-from rlm.report.curves import charts, expert_balance
+from rlm.report.curves import charts, expert_balance, text_entropies
 
 
 @pytest.fixture(autouse=True)
@@ -86,3 +86,11 @@ def test_expert_balance_has_a_line_per_layer():
   wide = [{"step": 1, "expert_load/max_over_mean": [1.5] * 58}]
   chart = expert_balance(wide)
   assert chart is not None and len(chart.keys) <= 9
+
+
+def test_text_entropies_are_found_wherever_they_are():
+  assert text_entropies({}) == {}
+  assert text_entropies({"heldout": {"text": {"unigram_bits": 4.5}}}) == {
+    "unigram entropy": 4.5
+  }
+  assert text_entropies({"bigram_bits_per_byte": None}) == {}

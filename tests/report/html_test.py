@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from rlm.report.html import text_entropies, write_report
+from rlm.report.html import write_report
 
 VOID = {"meta", "br", "link", "img", "path", "use", "rect", "image"}
 
@@ -183,14 +183,6 @@ def test_writing_again_gives_the_same_page(recipe):
   first = write_report(folder).read_bytes()
   assert write_report(folder).read_bytes() == first
   assert not [p for p in folder.iterdir() if p.name.startswith(".")]
-
-
-def test_text_entropies_are_found_wherever_they_are():
-  assert text_entropies({}) == {}
-  assert text_entropies({"heldout": {"text": {"unigram_bits": 4.5}}}) == {
-    "unigram entropy": 4.5
-  }
-  assert text_entropies({"bigram_bits_per_byte": None}) == {}
 
 
 def test_nothing_to_report_is_refused(tmp_path):

@@ -1,0 +1,120 @@
+"""The head of a report: what ran, its key figures, what is missing."""
+
+from collections.abc import Iterable
+
+from rlm.report import text
+from rlm.report.accuracy import Evaluation
+from rlm.report.cost import StageCost, total
+from rlm.report.findings import points, rl_pair, signed
+from rlm.report.run_folder import STAGES, Run, inline_label
+
+
+def subtitle(run: Run) -> str:
+  """Stages, seed and commit in a line."""
+  kind = "The recipe" if run.is_recipe else "One run"
+  n = len(run.stages)
+  parts = [f"{kind}, {n} stage{'s' if n != 1 else ''}"]
+  source = run.run or next((s.run for s in run.stages if s.run), {})
+  if text.is_number(seed := run.summary.get("seed", run.config.get("seed"))):
+    parts.append(f"seed {seed}")
+  if isinstance(commit := source.get("commit"), str):
+    dirty = "-dirty" if commit.endswith("-dirty") else ""
+    parts.append(f"commit {commit[:12]}{dirty}")
+  return " · ".join(parts)
+
+
+def key_figures(
+  run: Run, rows: list[Evaluation], stage_costs: list[StageCost]
+) -> list[tuple[str, str, str]]:
+  """(name, figure, what it means): the run at a glance."""
+  found = []
+  if pair := rl_pair(rows):
+    before, after = (e.measures["pass_at_1"] for e in pair)
+    found.append(
+      (
+        "Gain by RL",
+        f"{signed(points(before, after))} points",
+        f"held-out pass@1, over {inline_label(pair[0].label)}",
+      )
+    )
+  if rows:
+    last = next((r for r in rows if r.name == "rl_final"), rows[-1])
+    value = last.measures["pass_at_1"]
+    found.append(
+      (
+        f"Accuracy after {inline_label(last.label)}",
+        f"{text.percent(value.mean)}%",
+        f"held-out pass@1, 95%: {value.bounds}",
+      )
+    )
+  model = run.summary.get("model")
+  if isinstance(model, dict) and text.is_number(model.get("total")):
+    found.append(
+      (
+        "Parameters",
+        text.count(model["total"]),
+        f"{text.count(model.get('activated'))} active per token",
+      )
+    )
+  cost = total_cost(run, stage_costs)
+  if cost.seconds:
+    tokens = f"{text.count(cost.tokens)} tokens" if cost.tokens else ""
+    found.append(("Time", text.seconds(cost.seconds), tokens))
+  return found
+
+
+def total_cost(run: Run, stage_costs: list[StageCost]) -> StageCost:
+  """The whole run's cost: as its summary says, else the stages' sum."""
+  seconds = run.summary.get("seconds_total")
+  flops = run.summary.get("flops")
+  return StageCost(
+    "Whole run",
+    seconds
+    if text.is_number(seconds)
+    else total(c.seconds for c in stage_costs),
+    total(c.tokens for c in stage_costs),
+    flops if text.is_number(flops) else total(c.flops for c in stage_costs),
+  )
+
+
+def notices(run: Run, rows: list[Evaluation]) -> list[str]:
+  """What is missing or broken, in sentences."""
+  found = []
+  if run.missing:
+    names = ", ".join(STAGES[name] for name in run.missing)
+    found.append(f"Not in this folder: {names}.")
+  unfinished = [s.label for s in run.stages if not s.summary]
+  if unfinished:
+    found.append(
+      f"Without a summary, so not finished: {', '.join(unfinished)}."
+    )
+  if run.is_recipe and not rows:
+    found.append("No stage has been evaluated on held-out problems yet.")
+  if unreadable := sum(stage.unreadable for stage in run.stages):
+    found.append(
+      f"{unreadable} unreadable line{'s' if unreadable > 1 else ''} passed"
+      " over in metrics.jsonl and timing.jsonl."
+    )
+  return found
+
+
+def evaluation_size(rows: list[Evaluation]) -> str:
+  """How many problems and answers, if it was the same after every stage."""
+  sizes = {(row.n_problems, row.n_samples, row.trained) for row in rows}
+  if len(sizes) != 1:
+    return ""
+  n_problems, n_samples, trained = sizes.pop()
+  if n_problems is None or n_samples is None:
+    return ""
+  of = f" of the trained {listed(trained)}" if trained else ""
+  return f"{n_problems:,} problems{of}, each answered {n_samples} times."
+
+
+def listed(levels: Iterable[int]) -> str:
+  """[2, 3, 4] -> "levels 2–4", [6] -> "level 6"; "" for none."""
+  ordered = sorted(levels)
+  if len(ordered) < 2:
+    return f"level {ordered[0]}" if ordered else ""
+  if ordered == list(range(ordered[0], ordered[-1] + 1)):
+    return f"levels {ordered[0]}–{ordered[-1]}"
+  return f"levels {', '.join(map(str, ordered))}"
