@@ -42,7 +42,7 @@ from rlm.report.run_folder import (
   inline_label,
   read_run,
 )
-from rlm.report.traces import compare
+from rlm.report.traces import compare, samples
 
 _FOLDER = Path(__file__).parent
 _MAX_LINES = 250  # of a config or a run.json
@@ -113,6 +113,7 @@ def _context(run: Run) -> dict[str, Any]:
   is_rl = {
     s.name: any("reward/mean" in r for r in s.metrics) for s, _ in training
   }
+  compared = compare(run)
   stage_costs = costs(run)
   before_each: list[Evaluation | None] = [None, *rows]  # one longer
   context: dict[str, Any] = {
@@ -133,7 +134,8 @@ def _context(run: Run) -> dict[str, Any]:
       for before, row in zip(before_each, rows, strict=False)
       if row.levels
     ],
-    "comparisons": compare(run),
+    "comparisons": compared,
+    "samples": [] if compared else samples(run),
     "inline": inline_label,
     "rl_stages": _staged([p for p in training if is_rl[p[0].name]]),
     "other_stages": _staged([p for p in training if not is_rl[p[0].name]]),
@@ -146,7 +148,7 @@ def _context(run: Run) -> dict[str, Any]:
   names = {
     "accuracy": ("Accuracy", "evaluations"),
     "levels": ("Levels", "levels"),
-    "traces": ("Traces", "comparisons"),
+    "traces": ("Traces", "comparisons" if compared else "samples"),
     "rl": ("RL", "rl_stages"),
     "training": ("Training", "other_stages"),
     "experts": ("Experts", "expert_stages"),

@@ -44,14 +44,14 @@ class Shown:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-  """One problem, before and after."""
+  """One problem and its answers: before and after, or one."""
 
   fate: str
   task: str
   level: str
   prompt: str
   expected: str
-  sides: tuple[Shown, Shown]
+  sides: tuple[Shown, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +118,31 @@ def compare(run: Run) -> Comparisons | None:
   )
 
 
+def samples(run: Run) -> list[Comparison]:
+  """A single run's last completions, three right and three wrong ones.
+
+  For where `compare` has nothing: training seldom draws a problem twice.
+  """
+  if run.is_recipe:
+    return []
+  records = read_traces(run.path)
+  right = _right_solutions(records)
+  last = sorted(records, key=_step)[::-1]
+  picked = [
+    record
+    for wanted in (True, False)
+    for record in [r for r in last if _is(r, "correct") == wanted][:3]
+  ]
+  return [
+    _comparison(
+      f"Step {_text(record, 'step')}",
+      (_shown(stage_label(run.stages[0].name), record, right),),
+      record,
+    )
+    for record in picked
+  ]
+
+
 def _step(record: Record) -> float:
   step = record.get("step")
   return step if isinstance(step, (int, float)) else 0
@@ -151,8 +176,10 @@ def _compare(
   shown = [
     _comparison(
       heading,
-      _shown(before_label, first[key], right),
-      _shown(after_label, second[key], right),
+      (
+        _shown(before_label, first[key], right),
+        _shown(after_label, second[key], right),
+      ),
       second[key],
     )
     for fate, (heading, _, room) in _FATES.items()
@@ -195,7 +222,7 @@ def _text(record: Record, name: str) -> str:
 
 
 def _comparison(
-  fate: str, before: Shown, after: Shown, record: Record
+  fate: str, sides: tuple[Shown, ...], record: Record
 ) -> Comparison:
   return Comparison(
     fate=fate,
@@ -203,7 +230,7 @@ def _comparison(
     level=_text(record, "level"),
     prompt=shorten(_text(record, "prompt"), _LIMIT),
     expected=shorten(_text(record, "expected"), 200),
-    sides=(before, after),
+    sides=sides,
   )
 
 

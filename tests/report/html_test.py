@@ -176,6 +176,7 @@ def test_a_single_run(recipe, stage, present, absent):
 def test_the_folder_of_one_evaluation(recipe):
   _, _, shown = read(write_report(recipe / "evaluate" / "rl"))
   assert "83.0" in shown and "Accuracy by level" in shown
+  assert "Its last completions" in shown and "a step is wrong" in shown
 
 
 def test_writing_again_gives_the_same_page(recipe):

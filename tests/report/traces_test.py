@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm.report.run_folder import read_run
-from rlm.report.traces import compare, departure, pieces
+from rlm.report.traces import compare, departure, pieces, samples
 
 
 def test_the_same_problem_stands_side_by_side(recipe):
@@ -53,6 +53,16 @@ def test_a_single_run_compares_its_early_steps_with_its_late(recipe):
   found = compare(read_run(recipe / "rl"))
   assert found is not None
   assert (found.before, found.after) == ("Early steps", "Late steps")
+
+
+def test_a_single_run_without_repeats_shows_its_last_completions(recipe):
+  run = read_run(recipe / "evaluate" / "rl")
+  assert compare(run) is None
+  found = samples(run)
+  verdicts = [[side.verdict for side in problem.sides] for problem in found]
+  assert verdicts == [["Correct"]] * 3 + [["Wrong"]] * 3
+  assert found[0].fate == "Step 100"
+  assert samples(read_run(recipe)) == []  # a recipe compares
 
 
 @pytest.mark.parametrize(
