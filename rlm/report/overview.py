@@ -11,9 +11,9 @@ from rlm.report.run_folder import STAGES, Run, inline_label
 
 def subtitle(run: Run) -> str:
   """Stages, seed and commit in a line."""
-  kind = "The recipe" if run.is_recipe else "One run"
   n = len(run.stages)
-  parts = [f"{kind}, {n} stage{'s' if n != 1 else ''}"]
+  recipe = f"The recipe, {n} stage{'s' if n != 1 else ''}"
+  parts = [recipe if run.is_recipe else "One run"]
   source = run.run or next((s.run for s in run.stages if s.run), {})
   if text.is_number(seed := run.summary.get("seed", run.config.get("seed"))):
     parts.append(f"seed {seed}")
