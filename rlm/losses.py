@@ -279,7 +279,7 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def make_pretrain_loss(
-  model: Transformer, *, mtp_weight: float, balance_weight: float
+  model: Transformer, *, mtp_weight: float | None, balance_weight: float
 ) -> LossFn:
   """Next-token + MTP + sequence-wise balance loss; V3 eq. 17-20 and 24-25.
 
@@ -290,7 +290,9 @@ def make_pretrain_loss(
 
   Args:
     model: the Transformer; its cfg says depth, vocabulary and chunk.
-    mtp_weight: lambda of eq. 25; with 0 the MTP modules do not run.
+    mtp_weight: lambda of eq. 25; with 0 the MTP modules do not run.  None
+      where it changes in training: each batch then holds the scalar
+      `mtp_weight`.
     balance_weight: alpha of eq. 17.
 
   Returns:
@@ -303,7 +305,7 @@ def make_pretrain_loss(
   """
   cfg = model.cfg
   depth = cfg.num_nextn_predict_layers
-  if mtp_weight and not depth:
+  if mtp_weight != 0 and not depth:
     raise ValueError(
       f"{mtp_weight=} needs MTP modules, and num_nextn_predict_layers is 0."
       " Set mtp_weight to 0 or num_nextn_predict_layers to 1."
@@ -331,7 +333,7 @@ def make_pretrain_loss(
     balance = routing.balance_loss.sum(axis=0)  # [B]
     mtp = jnp.float32(0.0)
     mtp_load = None
-    if mtp_weight:
+    if mtp_weight != 0:
       mtp_hidden, mtp_routing = model.apply(
         variables, hidden, *rows, method="mtp"
       )
@@ -348,7 +350,8 @@ def make_pretrain_loss(
       balance += mtp_routing.balance_loss.sum(axis=0)
       mtp_load = mtp_routing.expert_load
     balance = weighted_sum(balance, batch["row_weights"])
-    loss = next_token + mtp_weight * mtp + balance_weight * balance
+    weight = batch["mtp_weight"] if mtp_weight is None else mtp_weight
+    loss = next_token + weight * mtp + balance_weight * balance
     metrics = {
       "loss/next_token": next_token,
       "loss/mtp": mtp,

@@ -109,6 +109,7 @@ class MetricsWriter:
     metrics: dict[str, Any],
     *,
     tokens: int | None = None,
+    peak_seconds: float | None = None,
     timing: dict[str, float] | None = None,
     batch: Any = None,
   ) -> None:
@@ -118,6 +119,8 @@ class MetricsWriter:
       step: the step they belong to, counted from 0.
       metrics: name -> value, on the device or not; never donated later.
       tokens: tokens of the step, on the host, for tokens per second.
+      peak_seconds: what the step's operations would take at the device's peak,
+        for the utilisation `mfu`.
       timing: further figures for timing.jsonl; names end in their unit.
       batch: the step's batch, a pytree of arrays, kept until the step is known
         to be finite and saved if it is not.
@@ -151,9 +154,11 @@ class MetricsWriter:
       )
     self._pending.metrics.update(metrics)
     self._pending.timing.update(timing or {})
+    seconds = max(self._pending.timing["seconds"], 1e-9)
     if tokens is not None:
-      seconds = self._pending.timing["seconds"]
-      self._pending.timing["tokens_per_second"] = tokens / max(seconds, 1e-9)
+      self._pending.timing["tokens_per_second"] = tokens / seconds
+    if peak_seconds is not None:
+      self._pending.timing["mfu"] = peak_seconds / seconds
     if batch is not None:
       self._pending.batch = batch
 
@@ -253,6 +258,7 @@ class MetricsWriter:
     path = self.folder / f"nonfinite_step_{record.step:06d}.npz"
     if record.batch is not None and self._primary:
       _save_batch(path, record.batch)
+    self._pending = None  # the step after a bad one is never written
     raise NonFiniteError(
       record.step,
       metric,

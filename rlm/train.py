@@ -77,7 +77,8 @@ def split_microbatches(
 
   Returns:
     Arrays [M, b, ...], zero (that is, padding) after the first B / b
-    microbatches, and `num_live` int32 [] = B / b.
+    microbatches, and `num_live` int32 [] = B / b.  Scalars that are added to
+    it, like this one, reach every microbatch as they are.
 
   Raises:
     ValueError: B is not a multiple of b, or needs more than M microbatches.
@@ -117,11 +118,10 @@ def reduce_metrics(
 
 def _accumulate(loss_and_grad, batch, key, num_microbatches):
   """Loss, Aux and float32 gradients over the live microbatches."""
-  batch = dict(batch)
-  num_live = batch.pop("num_live")
+  num_live = batch["num_live"]
 
   def one(i):
-    microbatch = jax.tree.map(lambda x: x[i], batch)
+    microbatch = {k: x[i] if jnp.ndim(x) else x for k, x in batch.items()}
     (loss, aux), grads = loss_and_grad(microbatch, jax.random.fold_in(key, i))
     return loss, aux, jax.tree.map(lambda g: g.astype(jnp.float32), grads)
 

@@ -16,45 +16,11 @@ import numpy as np
 
 from rlm.data.documents import Task
 from rlm.data.packing import PackedRows, empty_row, pack_documents
-from rlm.data.sources import Loading, Source, Split, TextSource, make_source
+from rlm.data.sources import DataConfig, Loading, Source, Split, TextSource
 from rlm.data.text import ngram_entropy
 from rlm.data.tokenizer import Tokenizer
 
 Batch = dict[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig:
-  """What is trained on.
-
-  Attributes:
-    row_length: tokens of a row, T.
-    packing_window: documents packed together; see `packing.pack`.
-    heldout_rows: rows of each source to evaluate on, at most.
-    sources: name -> section of a kind in `rlm/data/sources.py`.
-  """
-
-  row_length: int
-  packing_window: int
-  heldout_rows: int
-  sources: dict[str, Any]
-
-  def __post_init__(self):
-    sources = {
-      name: make_source(section, f"sources.{name}")
-      for name, section in sorted(self.sources.items())
-    }
-    if self.row_length < 2 or self.packing_window < 1 or self.heldout_rows < 0:
-      raise ValueError(
-        f"row_length={self.row_length} must be at least 2,"
-        f" packing_window={self.packing_window} at least 1 and"
-        f" heldout_rows={self.heldout_rows} at least 0."
-      )
-    if not any(source.weight for source in sources.values()):
-      raise ValueError(
-        "sources has none with a weight above 0; there is nothing to train on."
-      )
-    object.__setattr__(self, "sources", sources)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

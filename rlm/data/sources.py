@@ -262,3 +262,37 @@ def make_source(section: Any, where: str) -> Source:
       f" The kinds are {', '.join(SOURCES)}."
     )
   return build(SOURCES[kind], values, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+  """What is trained on.
+
+  Attributes:
+    row_length: tokens of a row, T.
+    packing_window: documents packed together; see `packing.pack`.
+    heldout_rows: rows of each source to evaluate on, at most.
+    sources: name -> section of a kind in `SOURCES`.
+  """
+
+  row_length: int
+  packing_window: int
+  heldout_rows: int
+  sources: dict[str, Any]
+
+  def __post_init__(self):
+    sources = {
+      name: make_source(section, f"sources.{name}")
+      for name, section in sorted(self.sources.items())
+    }
+    if self.row_length < 2 or self.packing_window < 1 or self.heldout_rows < 0:
+      raise ValueError(
+        f"row_length={self.row_length} must be at least 2,"
+        f" packing_window={self.packing_window} at least 1 and"
+        f" heldout_rows={self.heldout_rows} at least 0."
+      )
+    if not any(source.weight for source in sources.values()):
+      raise ValueError(
+        "sources has none with a weight above 0; there is nothing to train on."
+      )
+    object.__setattr__(self, "sources", sources)

@@ -6,13 +6,14 @@ weights decay, follows from its name by the table below; a name that the table
 lacks is an error, so that no new parameter is optimised by accident.
 """
 
-import dataclasses
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import MuonDimensionNumbers, muon
+
+from rlm.optim.config import OptimizerConfig
 
 # Matrices are stored [..., in, out]: leading axes stack layers and experts.
 MATRICES = frozenset(
@@ -36,62 +37,6 @@ EMBEDDINGS = frozenset({"embedding"})
 NORMS = frozenset({"scale"})
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic
-
-
-@dataclasses.dataclass(frozen=True)
-class MuonConfig:
-  """Muon for `MATRICES`; the AdamW settings beside it serve the rest.
-
-  Attributes:
-    momentum: decay of the averaged gradient, Nesterov form.
-    ns_steps: Newton-Schulz steps; 5 is usual.
-    update_rms: None scales an update by sqrt(max(1, out / in)) (Jordan); a
-      number by sqrt(max(in, out)) times it, so that the update's root mean
-      square is that number whatever the shape (Moonlight, 0.2).
-    adam_factor: learning rate of the AdamW parameters over that of Muon.
-  """
-
-  momentum: float
-  ns_steps: int
-  update_rms: float | None
-  adam_factor: float
-
-  def __post_init__(self):
-    if self.ns_steps < 1:
-      raise ValueError(f"{self.ns_steps=} must be at least 1.")
-
-
-@dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
-  """Every number of an update but the learning rate.
-
-  Attributes:
-    clip_norm: largest global norm of the gradient.
-    b1: decay of Adam's first moment.
-    b2: decay of Adam's second moment.
-    eps: Adam's, in units of gradient; unpublished for V3.
-    weight_decay: decoupled, times the learning rate.  Matrices, router and
-      head decay; norms and the embedding do not (a row of the embedding that
-      is rarely read would only shrink).
-    moment_dtype: type in which moments are stored; V3 keeps bfloat16.
-    muon: None for AdamW throughout.
-  """
-
-  clip_norm: float
-  b1: float
-  b2: float
-  eps: float
-  weight_decay: float
-  moment_dtype: Literal["float32", "bfloat16"]
-  muon: MuonConfig | None
-
-  def __post_init__(self):
-    if self.clip_norm <= 0:
-      raise ValueError(
-        f"{self.clip_norm=} must be above 0; a large number never clips."
-      )
-    if not (0 <= self.b1 < 1 and 0 <= self.b2 < 1):
-      raise ValueError(f"{self.b1=} and {self.b2=} must be in [0, 1).")
 
 
 def _leaf_name(path: tuple) -> str:

@@ -1,6 +1,6 @@
 """Learning rate and batch size as functions of the step, from explicit counts.
 
-A learning-rate schedule is a row of phases.  DeepSeek-V3's (section 4.2):
+A schedule is a row of phases.  DeepSeek-V3's (section 4.2):
 
   phases = (
     dict(shape="linear", steps=2_000, factor=1.0),  # warm-up from 0
@@ -11,71 +11,31 @@ A learning-rate schedule is a row of phases.  DeepSeek-V3's (section 4.2):
   )
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True)
-class Phase:
-  """One stretch of a schedule.
-
-  Attributes:
-    shape: "linear" and "cosine" go from the factor of the phase before (0
-      before the first) to `factor`; "constant" holds `factor` throughout.
-    steps: its length.
-    factor: times the peak learning rate.
-  """
-
-  shape: Literal["linear", "cosine", "constant"]
-  steps: int
-  factor: float
-
-  def __post_init__(self):
-    if self.steps < 1 or self.factor < 0:
-      raise ValueError(
-        f"a phase needs steps >= 1 and factor >= 0, got {self.steps=},"
-        f" {self.factor=}. Leave out a phase of no steps."
-      )
+from rlm.optim.config import ScheduleConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class ScheduleConfig:
-  """A learning rate over steps.
-
-  Attributes:
-    learning_rate: what a factor of 1 means, the peak as a rule.
-    phases: one after the other; the last factor holds for ever after.
-  """
-
-  learning_rate: float
-  phases: tuple[Phase, ...]
-
-  def __post_init__(self):
-    if not self.phases or self.learning_rate < 0:
-      raise ValueError(
-        "a schedule needs at least one phase and a learning rate >= 0, got"
-        f" {len(self.phases)} phases and {self.learning_rate=}. For a constant"
-        " rate give one phase, dict(shape='constant', steps=1, factor=1.0)."
-      )
-
-
-def make_schedule(cfg: ScheduleConfig) -> Callable[[jax.Array], jax.Array]:
-  """The learning rate, float32, as a function of the step.
+def make_schedule(
+  cfg: ScheduleConfig | float,
+) -> Callable[[jax.Array], jax.Array]:
+  """The value, float32, as a function of the step.
 
   A ramp of n steps gives its first step 1/n of the way and its last step the
   whole of it: no step is spent at a learning rate of zero.
 
   Args:
-    cfg: the phases.
+    cfg: the phases; or a number that holds for ever.
 
   Returns:
     A function of int32 [], traced or not.
   """
+  if not isinstance(cfg, ScheduleConfig):
+    return lambda step: jnp.float32(cfg)
   steps = [phase.steps for phase in cfg.phases]
   starts = np.cumsum([0, *steps[:-1]])
   before = [0.0, *(phase.factor for phase in cfg.phases[:-1])]
@@ -94,7 +54,7 @@ def make_schedule(cfg: ScheduleConfig) -> Callable[[jax.Array], jax.Array]:
         done = jnp.ones_like(done)
       value = first + (phase.factor - first) * done
       factor = jnp.where(step < start + phase.steps, value, factor)
-    return cfg.learning_rate * factor
+    return cfg.peak * factor
 
   return schedule
 

@@ -6,9 +6,8 @@ import optax
 import pytest
 
 from rlm.config import build
+from rlm.optim.config import MuonConfig, OptimizerConfig
 from rlm.optim.optimizer import (
-  MuonConfig,
-  OptimizerConfig,
   decay_mask,
   make_optimizer,
   optimizer_labels,

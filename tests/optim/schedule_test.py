@@ -3,10 +3,11 @@ import numpy as np
 import pytest
 
 from rlm.config import build
-from rlm.optim.schedule import ScheduleConfig, batch_rows, make_schedule
+from rlm.optim.config import ScheduleConfig
+from rlm.optim.schedule import batch_rows, make_schedule
 
 V3 = dict(
-  learning_rate=2.2e-4,
+  peak=2.2e-4,
   phases=(
     dict(shape="linear", steps=4, factor=1.0),
     dict(shape="constant", steps=3, factor=1.0),
@@ -35,20 +36,20 @@ def test_traced_steps_give_the_same_rates():
   )
 
 
+def test_a_number_holds_for_ever():
+  assert make_schedule(0.25)(jax.numpy.int32(7)) == 0.25
+
+
 @pytest.mark.parametrize(
   ("section", "message"),
   [
-    (dict(learning_rate=0.1, phases=()), "at least one phase"),
+    (dict(peak=0.1, phases=()), "at least one phase"),
     (
-      dict(
-        learning_rate=0.1, phases=(dict(shape="linear", steps=0, factor=1.0),)
-      ),
+      dict(peak=0.1, phases=(dict(shape="linear", steps=0, factor=1.0),)),
       "steps >= 1",
     ),
     (
-      dict(
-        learning_rate=0.1, phases=(dict(shape="cosin", steps=1, factor=1.0),)
-      ),
+      dict(peak=0.1, phases=(dict(shape="cosin", steps=1, factor=1.0),)),
       "did you mean 'cosine'",
     ),
   ],

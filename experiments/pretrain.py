@@ -1,0 +1,402 @@
+r"""Pretrains a language model on text, code and worked problems.
+
+  python -m experiments.pretrain \
+    --config=configs/pretrain/stdlib.py --workdir=runs/stdlib
+
+Losses: next token, multi-token prediction and expert balance.  The folder gets
+metrics.jsonl (held-out bits per byte among them), timing.jsonl, checkpoints and
+summary.json; the same command continues it.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from experiments import launch
+from rlm.config import build
+from rlm.data.sources import DataConfig
+from rlm.models.config import ModelConfig
+from rlm.optim.config import OptimizerConfig, ScheduleConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchConfig:
+  """Rows of a step, and how they grow; V3 section 4.2.
+
+  Attributes:
+    rows: rows of a full batch.
+    first_rows: rows of the first step; `rows` for no ramp.
+    ramp_steps: steps until the batch is full; 0 for no ramp.
+    microbatch_rows: rows whose activations are held at once; divides both.
+  """
+
+  rows: int
+  first_rows: int
+  ramp_steps: int
+  microbatch_rows: int
+
+  def __post_init__(self):
+    sizes = (self.rows, self.first_rows)
+    if (
+      self.microbatch_rows < 1
+      or any(size < 1 or size % self.microbatch_rows for size in sizes)
+      or self.first_rows > self.rows
+    ):
+      raise ValueError(
+        f"first_rows={self.first_rows} and rows={self.rows} must be multiples"
+        f" of microbatch_rows={self.microbatch_rows}, and the first not more"
+        " than the second."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+  """What is measured on held-out rows.
+
+  Attributes:
+    every_steps: period; 0 measures after the last step only.
+    batch_rows: rows scored at once.
+    use_ema: whether to score the averaged weights.
+    task: whose worked problems are scored, a key of the config's tasks; None
+      for none.
+    levels: their difficulties.
+    problems_per_level: how many of each.
+  """
+
+  every_steps: int
+  batch_rows: int
+  use_ema: bool
+  task: str | None
+  levels: tuple[int, ...]
+  problems_per_level: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Everything that a run of this experiment depends on.
+
+  Attributes:
+    stage: name of the run on the console and in its summary.
+    seed: of the weights, the data's order and its problems.
+    steps: steps in all.
+    init_from: folder of the run whose newest weights to start from; None
+      starts from random ones.
+    model: the model's sizes.
+    tokenizer: "bytes", or a folder with a tokenizer.json.
+    tasks: name -> section of a task, for sources of kind "task".
+    data: what is trained on.
+    batch: rows of a step.
+    mtp_weight: lambda of V3 eq. 25, a number or a schedule.
+    balance_weight: alpha of V3 eq. 17.
+    bias_update_rate: gamma of V3 section 2.1.2, a number or a schedule.
+    optimizer: AdamW or Muon.
+    schedule: the learning rate.
+    ema_decay: of the averaged weights; None for none.
+    eval: what is measured.
+    checkpoint_every_steps: period; the last step is always saved.
+    keep_checkpoints: how many of the newest stay.
+    on_nonfinite: "stop" with the batch saved, or "skip" the update.
+    peak_flops: of the device, for MFU; None measures a matrix product.
+  """
+
+  stage: str
+  seed: int
+  steps: int
+  init_from: str | None
+  model: ModelConfig
+  tokenizer: str
+  tasks: dict[str, Any]
+  data: DataConfig
+  batch: BatchConfig
+  mtp_weight: float | ScheduleConfig
+  balance_weight: float
+  bias_update_rate: float | ScheduleConfig
+  optimizer: OptimizerConfig
+  schedule: ScheduleConfig
+  ema_decay: float | None
+  eval: EvalConfig
+  checkpoint_every_steps: int
+  keep_checkpoints: int
+  on_nonfinite: Literal["stop", "skip"]
+  peak_flops: float | None
+
+  def __post_init__(self):
+    if self.steps < 1:
+      raise ValueError(f"steps={self.steps} must be at least 1.")
+    if self.data.row_length > self.model.max_position_embeddings:
+      raise ValueError(
+        f"data.row_length={self.data.row_length} exceeds"
+        f" model.max_position_embeddings={self.model.max_position_embeddings}."
+        " Shorten the rows or widen the context."
+      )
+    if self.eval.use_ema and self.ema_decay is None:
+      raise ValueError(
+        "eval.use_ema needs averaged weights: set ema_decay, such as 0.99."
+      )
+    if self.eval.task is not None and self.eval.task not in self.tasks:
+      raise ValueError(
+        f"eval.task={self.eval.task!r} is not among the tasks"
+        f" {', '.join(self.tasks) or '(none)'}."
+      )
+
+
+# A run may go on with other values of these, as they change no result; of
+# `init_from` the place may change, not the weights.
+MAY_CHANGE = (
+  "init_from",
+  "checkpoint_every_steps",
+  "keep_checkpoints",
+  "peak_flops",
+)
+
+
+def make_training(cfg: Config):
+  """What a run computes, apart from data and files.
+
+  Args:
+    cfg: the run's config.
+
+  Returns:
+    model: the Transformer.
+    start: variables -> TrainState.
+    step: (state, batch, key) -> (state, metrics), on batches of
+      `split_microbatches`.  Both are pure; the caller jits them.
+  """
+  from rlm.losses import global_weights, make_pretrain_loss
+  from rlm.models.transformer import Transformer
+  from rlm.optim.optimizer import make_optimizer
+  from rlm.optim.schedule import make_schedule
+  from rlm.train import init_state, make_train_step
+
+  model = Transformer(cfg.model)
+  tx = make_optimizer(cfg.optimizer)
+  is_scheduled = isinstance(cfg.mtp_weight, ScheduleConfig)
+  mtp_weight = make_schedule(cfg.mtp_weight)
+  loss_fn = make_pretrain_loss(
+    model,
+    mtp_weight=None if is_scheduled else cfg.mtp_weight,
+    balance_weight=cfg.balance_weight,
+  )
+  train_step = make_train_step(
+    loss_fn,
+    tx,
+    schedule=make_schedule(cfg.schedule),
+    bias_update_rate=make_schedule(cfg.bias_update_rate),
+    num_microbatches=cfg.batch.rows // cfg.batch.microbatch_rows,
+    ema_decay=cfg.ema_decay,
+    skip_nonfinite=cfg.on_nonfinite == "skip",
+  )
+
+  def start(variables):
+    return init_state(variables, tx, ema_decay=cfg.ema_decay)
+
+  def step(state, batch, key):
+    depth = cfg.model.num_nextn_predict_layers
+    batch = global_weights(batch, mtp_depth=depth)
+    if is_scheduled:
+      batch["mtp_weight"] = mtp_weight(state.step)
+    return train_step(state, batch, key)
+
+  return model, start, step
+
+
+def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
+  """Trains, or continues the run in `workdir`; returns its summary."""
+  return train(build(Config, c), c, workdir, console)
+
+
+def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
+  """The loop of pretraining, SFT and distillation.
+
+  Args:
+    cfg: the config, checked.
+    c: the config as it was given, for the run's record.
+    workdir: the run's folder.
+    console: a rich console; None is the standard output.
+
+  Returns:
+    The summary.
+  """
+  import contextlib
+
+  import jax
+
+  from rlm import flops
+  from rlm.checkpoint import initial
+  from rlm.checkpoint.manager import CheckpointManager
+  from rlm.data import pipeline
+  from rlm.data.tokenizer import load_tokenizer
+  from rlm.eval import heldout as heldout_lib
+  from rlm.jsonl import read_jsonl
+  from rlm.metrics import MetricsWriter, is_due
+  from rlm.optim.schedule import batch_rows
+  from rlm.progress import Progress
+  from rlm.stopping import Stopped, catch_signals
+  from rlm.tasks.registry import make_task
+  from rlm.train import split_microbatches
+  from rlm.workdir import open_workdir
+
+  tokenizer = load_tokenizer(cfg.tokenizer)
+  if tokenizer.n_vocab_used != cfg.model.n_vocab_used:
+    raise ValueError(
+      f"config.model.n_vocab_used={cfg.model.n_vocab_used}, but the tokenizer"
+      f" {cfg.tokenizer!r} uses {tokenizer.n_vocab_used} ids. Set it to that."
+    )
+  tasks = {
+    name: make_task(section, f"config.tasks.{name}")
+    for name, section in cfg.tasks.items()
+  }
+  folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
+  if folder.summary is not None:
+    folder.say_finished(console)
+    return folder.summary
+
+  # --- Data: the batch of every step, and what is held out. ------------------
+  b = cfg.batch
+  row_counts = [
+    batch_rows(
+      step,
+      first_rows=b.first_rows,
+      last_rows=b.rows,
+      ramp_steps=b.ramp_steps,
+      multiple=b.microbatch_rows,
+    )
+    for step in range(cfg.steps)
+  ]
+  one_process = dict(process_index=0, process_count=1)
+  stream = pipeline.make_stream(cfg.data, tokenizer, seed=cfg.seed, tasks=tasks)
+  folder.record_input("data", stream.record)
+  batches = pipeline.make_batches(
+    stream, batch_size=b.rows, row_counts=row_counts, **one_process
+  )
+  heldout = pipeline.load_heldout(
+    cfg.data,
+    tokenizer,
+    seed=cfg.seed,
+    tasks=tasks,
+    batch_size=cfg.eval.batch_rows,
+    **one_process,
+  )
+  worked = None
+  if cfg.eval.task is not None:
+    worked = heldout_lib.worked_problems(
+      tasks[cfg.eval.task],
+      tokenizer,
+      levels=cfg.eval.levels,
+      problems_per_level=cfg.eval.problems_per_level,
+      seed=cfg.seed,
+      batch_size=cfg.eval.batch_rows,
+      row_length=cfg.data.row_length,
+    )
+
+  # --- Model, and what is measured of it. ------------------------------------
+  model, start_state, step_fn = make_training(cfg)
+  step_fn = jax.jit(step_fn, donate_argnums=0)
+  score_rows = heldout_lib.make_score_rows(model)
+  flops_per_token = flops.train_flops_per_token(
+    cfg.model, cfg.data.row_length, mtp=cfg.mtp_weight != 0
+  )
+  peak_flops = cfg.peak_flops
+  if peak_flops is None:
+    peak_flops = flops.measure_peak_flops(
+      cfg.model.dtype, size=1024, seconds=0.2
+    )
+
+  def evaluate(state):
+    variables = state.variables
+    if cfg.eval.use_ema:
+      averaged = jax.tree.map(
+        lambda e, p: e.astype(p.dtype), state.ema, variables["params"]
+      )
+      variables = {**variables, "params": averaged}
+    metrics = heldout_lib.bits_per_byte(score_rows, variables, heldout)
+    if worked is not None:
+      metrics |= heldout_lib.worked_accuracy(score_rows, variables, worked)
+    return metrics
+
+  # --- State, and the loop. --------------------------------------------------
+  init_key, key = jax.random.split(jax.random.key(cfg.seed))
+  with (
+    CheckpointManager(
+      folder.path / "checkpoints",
+      keep=cfg.keep_checkpoints,
+      config=folder.identity,
+    ) as manager,
+    catch_signals() as stop,
+  ):
+    template = jax.eval_shape(start_state, initial.shapes(model))
+    if (saved := manager.restore(template)) is not None:
+      start, state, _ = saved
+    else:
+      variables = initial.initial_variables(model, cfg.init_from, init_key)
+      if cfg.init_from is not None:
+        folder.record_input("init_from", initial.digest(variables))
+      start, state = 0, jax.jit(start_state)(variables)
+    with (
+      MetricsWriter(
+        folder.path, next_step=start, on_nonfinite=cfg.on_nonfinite
+      ) as log,
+      Progress(console, cfg.stage, cfg.steps, done=start) as bar,
+      contextlib.closing(
+        pipeline.iterate_batches(batches, start, prefetch=2)
+      ) as batch_of_step,
+    ):
+      for step in range(start, cfg.steps):
+        rows = next(batch_of_step)
+        batch = split_microbatches(
+          {name: x[: row_counts[step]] for name, x in rows.items()},
+          microbatch_rows=b.microbatch_rows,
+          num_microbatches=b.rows // b.microbatch_rows,
+        )
+        state, metrics = step_fn(state, batch, jax.random.fold_in(key, step))
+        tokens = int((rows["segment_ids"] > 0).sum())
+        log.push(
+          step,
+          metrics,
+          tokens=tokens,
+          peak_seconds=tokens * flops_per_token / peak_flops,
+          batch=batch,
+        )
+        bar.update(step + 1, **log.figures("loss", "grad_norm"))
+        last = step + 1 == cfg.steps
+        if is_due(step, cfg.eval.every_steps) or last:
+          with log.paused():
+            log.push(step, evaluate(state))
+        if is_due(step, cfg.checkpoint_every_steps) or last or stop.requested:
+          with log.paused():
+            log.flush()  # finite, or it raises: a bad step is never saved
+            manager.save(step + 1, state)
+        if stop.requested and not last:
+          raise Stopped(cfg.stage, step + 1)
+      seconds = log.total_seconds
+
+  records = read_jsonl(folder.path / "metrics.jsonl")
+  tokens = sum(record["tokens"] for record in records)
+  counts = flops.count_parameters(cfg.model)
+  return folder.finish(
+    {
+      "stage": cfg.stage,
+      "steps": cfg.steps,
+      "seconds": seconds,
+      "tokens": tokens,
+      "flops": tokens * flops_per_token,
+      "model": {"total": counts.total, "activated": counts.activated},
+      "loss": records[-1]["loss/next_token"],
+      "heldout": {
+        name: {
+          "bits_per_byte": records[-1][f"heldout/{name}/bits_per_byte"],
+          "unigram_bits_per_byte": rows.unigram_bits_per_byte,
+          "bigram_bits_per_byte": rows.bigram_bits_per_byte,
+        }
+        for name, rows in heldout.items()
+      },
+      "worked_accuracy": {
+        name.split("/")[1]: value
+        for name, value in records[-1].items()
+        if name.endswith("/worked_accuracy")
+      },
+    }
+  )
+
+
+if __name__ == "__main__":
+  launch.main(run, __doc__)

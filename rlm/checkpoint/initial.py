@@ -1,0 +1,102 @@
+"""The weights that a run starts from: another run's last ones, or random."""
+
+import dataclasses
+import functools
+import pathlib
+import zlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm import files
+from rlm.checkpoint.manager import restore_variables
+from rlm.config import plain
+from rlm.models.transformer import Transformer
+from rlm.workdir import differences
+
+# How a model is computed, and what a later stage may change: precision, memory,
+# and the context that YaRN widens.
+_MAY_DIFFER = frozenset(
+  {
+    "attention_chunk",
+    "dtype",
+    "initializer_range",
+    "logits_chunk",
+    "max_position_embeddings",
+    "remat",
+    "rope_scaling",
+    "unroll_layers",
+  }
+)
+
+
+def initial_variables(
+  model: Transformer, init_from: str | None, key: jax.Array
+) -> Any:
+  """Variables of a run's newest checkpoint, or random ones.
+
+  Args:
+    model: the model that will use them.
+    init_from: folder of the run; None draws random weights.
+    key: for random weights.
+
+  Returns:
+    {"params": ..., "router": ...}.
+
+  Raises:
+    ValueError: the folder holds no checkpoint, or one of another model, the
+      differing fields or arrays named.
+  """
+  if init_from is None:
+    return jax.jit(functools.partial(_init, model))(key)
+  folder = pathlib.Path(init_from)
+  changed = ""
+  if (folder / "config.json").exists():
+    saved = files.read_json(folder / "config.json").get("model", {})
+    given = files.to_json(plain(dataclasses.asdict(model.cfg)))
+    changed = differences(
+      {k: v for k, v in saved.items() if k not in _MAY_DIFFER},
+      {k: v for k, v in given.items() if k not in _MAY_DIFFER and k in saved},
+    )
+  if not changed:
+    variables = restore_variables(folder / "checkpoints")
+    changed = differences(_layout(variables), _layout(shapes(model)))
+  if changed:
+    raise ValueError(
+      f"config.init_from={init_from!r} holds another model; saved -> needed:\n"
+      f"{changed}\nGive config.model the values of that run."
+    )
+  return variables
+
+
+def shapes(model: Transformer) -> Any:
+  """The variables as `jax.ShapeDtypeStruct`s; nothing is computed."""
+  return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))
+
+
+def digest(variables: Any) -> str:
+  """CRC-32 of all arrays, to tell whether a run starts from the same ones."""
+  crc = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    crc = zlib.crc32(jax.tree_util.keystr(path).encode(), crc)
+    # Viewed as bytes, as numpy has no buffers of bfloat16.
+    array = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
+    crc = zlib.crc32(array.view(np.uint8).data, crc)
+  return f"{crc:08x}"
+
+
+def _init(model: Transformer, key: jax.Array) -> Any:
+  row = jnp.ones((1, 4), jnp.int32)
+  return model.init(key, row, row, row)
+
+
+def _layout(tree: Any) -> dict[str, str]:
+  """Name, type and shape of every array."""
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): (
+      f"{leaf.dtype} {tuple(leaf.shape)}"
+    )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }

@@ -1,0 +1,181 @@
+"""What training can be judged by without sampling: loss on rows held out.
+
+Bits per byte of each source, and the share of problems whose whole worked
+response the model would write greedily, one token at a time, if it were given
+the right tokens before.  The latter says which levels a base has learned,
+at a thousandth of the cost of sampling answers.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm.data.chat import check_fits, encode_turn
+from rlm.data.packing import empty_row
+from rlm.data.pipeline import Heldout
+from rlm.data.tokenizer import Tokenizer
+from rlm.losses import Batch, is_greedy, shift_targets, token_logprobs
+from rlm.models.transformer import Transformer, head_kernel
+from rlm.tasks.base import Task
+
+
+class RowScores(NamedTuple):
+  """Scores of the targets of each row.
+
+  Attributes:
+    nats: float32 [B], sum of -log p.
+    exact: bool [B], whether every target has the largest logit.
+  """
+
+  nats: jax.Array
+  exact: jax.Array
+
+
+ScoreRows = Callable[[Any, Batch], RowScores]
+
+
+def make_score_rows(model: Transformer) -> ScoreRows:
+  """A jitted function (variables, batch) -> RowScores."""
+  cfg = model.cfg
+
+  @jax.jit
+  def score_rows(variables, batch):
+    hidden, _ = model.apply(
+      variables, batch["tokens"], batch["positions"], batch["segment_ids"]
+    )
+    head = head_kernel(variables, cfg)
+    targets, mask = shift_targets(batch, 1)
+    flat = (hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
+    sizes = dict(n_vocab_used=cfg.n_vocab_used, chunk=cfg.logits_chunk)
+    logprobs, _ = token_logprobs(*flat, **sizes, temperature=1.0)
+    greedy = is_greedy(*flat, **sizes)
+    return RowScores(
+      nats=-jnp.where(mask, logprobs.reshape(mask.shape), 0.0).sum(axis=1),
+      exact=(greedy.reshape(mask.shape) | ~mask).all(axis=1),
+    )
+
+  return score_rows
+
+
+def bits_per_byte(
+  score_rows: ScoreRows, variables: Any, heldout: Mapping[str, Heldout]
+) -> dict[str, float]:
+  """Bits per byte of text of each held-out source.
+
+  Args:
+    score_rows: from `make_score_rows`.
+    variables: of the model.
+    heldout: from `load_heldout`.
+
+  Returns:
+    {"heldout/SOURCE/bits_per_byte": bits}.
+  """
+  metrics = {}
+  for name, rows in heldout.items():
+    nats = sum(
+      np.asarray(score_rows(variables, batch).nats, np.float64).sum()
+      for batch in rows.batches
+    )
+    bits = float(nats) / math.log(2)
+    metrics[f"heldout/{name}/bits_per_byte"] = bits / rows.num_bytes
+  return metrics
+
+
+class WorkedProblems(NamedTuple):
+  """Held-out problems with their right solutions, as rows to score.
+
+  Attributes:
+    batches: dicts of arrays [B, T], filled up with padding.
+    levels: level of each row, padding left out.
+  """
+
+  batches: list[Batch]
+  levels: list[int]
+
+
+def worked_problems(
+  task: Task,
+  tokenizer: Tokenizer,
+  *,
+  levels: Sequence[int],
+  problems_per_level: int,
+  seed: int,
+  batch_size: int,
+  row_length: int,
+) -> WorkedProblems:
+  """Encodes held-out problems of each level in the chat format.
+
+  Args:
+    task: the family; it must have worked solutions.
+    tokenizer: spells text and markers.
+    levels: difficulties.
+    problems_per_level: how many of each.
+    seed: names the stream of problems.
+    batch_size: B.
+    row_length: T.
+
+  Raises:
+    ValueError: no worked solutions, an unknown level, or one too long.
+  """
+  if not task.has_worked_solutions:
+    raise ValueError(
+      f"{task.name} has no worked solutions to compare with. Set the levels of"
+      " this check to ()."
+    )
+  rows, row_levels = [], []
+  for level in levels:
+    for i in range(problems_per_level):
+      problem = task.problem(seed, i, level, "heldout")
+      solution = task.worked_solution(problem)
+      tokens, mask = encode_turn(
+        tokenizer, problem.prompt, solution.thinking, solution.answer
+      )
+      check_fits(len(tokens), row_length, f"a problem of {level=}")
+      row = empty_row(row_length, tokenizer.pad_id)
+      row["tokens"][: len(tokens)] = tokens
+      row["loss_mask"][: len(tokens)] = mask
+      row["segment_ids"][: len(tokens)] = 1
+      row["positions"][: len(tokens)] = np.arange(len(tokens))
+      rows.append(row)
+      row_levels.append(level)
+  rows += [empty_row(row_length, tokenizer.pad_id)] * (-len(rows) % batch_size)
+  batches = [
+    {
+      key: np.stack([row[key] for row in rows[begin : begin + batch_size]])
+      for key in rows[0]
+    }
+    for begin in range(0, len(rows), batch_size)
+  ]
+  return WorkedProblems(batches, row_levels)
+
+
+def worked_accuracy(
+  score_rows: ScoreRows, variables: Any, problems: WorkedProblems
+) -> dict[str, float]:
+  """Share of problems whose worked response is greedy token by token.
+
+  Args:
+    score_rows: from `make_score_rows`.
+    variables: of the model.
+    problems: from `worked_problems`.
+
+  Returns:
+    {"level/LEVEL/worked_accuracy": share}.
+  """
+  if not problems.levels:
+    return {}
+  exact = np.concatenate(
+    [
+      np.asarray(score_rows(variables, batch).exact)
+      for batch in problems.batches
+    ]
+  )[: len(problems.levels)]
+  levels = np.asarray(problems.levels)
+  return {
+    f"level/{level}/worked_accuracy": float(exact[levels == level].mean())
+    for level in sorted(set(problems.levels))
+  }

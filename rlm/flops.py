@@ -1,0 +1,165 @@
+"""Parameters and floating-point operations by formula, and MFU from them.
+
+XLA's own count is of no use here: it counts the body of a scan once, and the
+padded or masked work of an implementation as if it were the model's.  These
+formulas count what the model needs, as published figures do.
+"""
+
+import dataclasses
+import time
+
+import jax
+import jax.numpy as jnp
+
+from rlm.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterCounts:
+  """Parameters of a model; expert biases, which are not trained, left out.
+
+  Attributes:
+    embedding: rows of the embedding.
+    head: of the head, 0 where it is the embedding.
+    layers: all layers and the final norm.
+    activated_layers: of `layers`, those that one token uses.
+    mtp: what the MTP modules add; embedding and head are shared.
+    activated_mtp: of `mtp`, those that one token uses.
+  """
+
+  embedding: int
+  head: int
+  layers: int
+  activated_layers: int
+  mtp: int
+  activated_mtp: int
+
+  @property
+  def total(self) -> int:
+    """The model without MTP, as model sizes are quoted."""
+    return self.embedding + self.head + self.layers
+
+  @property
+  def activated(self) -> int:
+    """Those that one token uses, embedding and head included."""
+    return self.embedding + self.head + self.activated_layers
+
+
+def count_parameters(cfg: ModelConfig) -> ParameterCounts:
+  """Counts parameters by formula (sheet: V3 671.03B, 37.55B activated).
+
+  Args:
+    cfg: the model's sizes.
+  """
+  c = cfg
+  d = c.hidden_size
+  dense = _attention(c) + 2 * d + 3 * d * c.intermediate_size
+  expert = 3 * d * c.moe_intermediate_size
+  around = _attention(c) + 2 * d + d * c.n_routed_experts  # router
+  around += c.n_shared_experts * expert
+  routed = around + c.n_routed_experts * expert
+  activated = around + c.num_experts_per_tok * expert
+  n_dense, n_moe = c.first_k_dense_replace, c.num_moe_layers
+  depth = c.num_nextn_predict_layers
+  mtp_rest = 2 * d * d + 3 * d  # projection and three norms
+  return ParameterCounts(
+    embedding=c.vocab_size * d,
+    head=0 if c.tie_word_embeddings else c.vocab_size * d,
+    layers=n_dense * dense + n_moe * routed + d,
+    activated_layers=n_dense * dense + n_moe * activated + d,
+    mtp=depth * (mtp_rest + (dense if c.is_dense else routed)),
+    activated_mtp=depth * (mtp_rest + (dense if c.is_dense else activated)),
+  )
+
+
+def _attention(c: ModelConfig) -> int:
+  """Parameters of one MLA with its latent norms."""
+  d, n = c.hidden_size, c.num_attention_heads
+  qk_head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+  if c.q_lora_rank is None:
+    query = d * n * qk_head_dim
+  else:
+    query = c.q_lora_rank * (d + 1 + n * qk_head_dim)
+  kv_down = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+  kv_up = c.kv_lora_rank * n * (c.qk_nope_head_dim + c.v_head_dim)
+  return query + kv_down + kv_up + n * c.v_head_dim * d
+
+
+def train_flops_per_token(
+  cfg: ModelConfig, row_length: int, *, mtp: bool
+) -> float:
+  """Operations of forward and backward pass, per token of a full row.
+
+  6 per activated parameter that multiplies (the embedding does not), plus
+  causal attention, 3 N (H + R + h) T per layer: each token reads T / 2 others
+  on average.  V3 at T = 4096: 250.5 GFLOP, the 250 that its authors quote
+  (arXiv:2505.09343, table 2), without MTP.
+
+  Args:
+    cfg: the model's sizes.
+    row_length: T; packed rows of isolated documents need less.
+    mtp: whether the MTP modules are trained too; each runs the head again.
+  """
+  return 3 * forward_flops_per_token(cfg, row_length, mtp=mtp)
+
+
+def forward_flops_per_token(
+  cfg: ModelConfig, row_length: int, *, mtp: bool
+) -> float:
+  """Operations of the expanded form, forward only; see the training count."""
+  counts = count_parameters(cfg)
+  head = cfg.vocab_size * cfg.hidden_size
+  multiplied = counts.activated_layers + head
+  layers = cfg.num_hidden_layers
+  if mtp:
+    multiplied += counts.activated_mtp + cfg.num_nextn_predict_layers * head
+    layers += cfg.num_nextn_predict_layers
+  per_pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+  attention = cfg.num_attention_heads * per_pair * row_length
+  return float(2 * multiplied + layers * attention)
+
+
+def decode_flops_per_token(cfg: ModelConfig, context: float) -> float:
+  """Operations of the absorbed form for one token over a latent cache.
+
+  The absorbed products with W^UK and W^UV cost what the expanded ones do for
+  one token; each cached token costs 2 N (2 C + R) a layer.
+
+  Args:
+    cfg: the model's sizes.
+    context: tokens in the cache, on average.
+  """
+  counts = count_parameters(cfg)
+  multiplied = counts.activated_layers + cfg.vocab_size * cfg.hidden_size
+  per_pair = 2 * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+  attention = cfg.num_attention_heads * per_pair * context
+  return float(2 * multiplied + cfg.num_hidden_layers * attention)
+
+
+def measure_peak_flops(dtype: str, *, size: int, seconds: float) -> float:
+  """Operations per second of the default device on a large matrix product.
+
+  Stands in for a data sheet where there is none, as for a laptop's CPU; on an
+  accelerator set the published peak in the config instead.
+
+  Args:
+    dtype: of the inputs; sums are float32.
+    size: side of the square matrices.
+    seconds: how long to measure.
+
+  Returns:
+    The best rate seen, in operations per second.
+  """
+  x = jnp.ones((size, size), dtype)
+  product = jax.jit(
+    lambda a, b: jnp.matmul(a, b, preferred_element_type=jnp.float32)
+  )
+  product(x, x).block_until_ready()
+  best, end = float("inf"), time.monotonic() + seconds
+  while True:
+    began = time.monotonic()
+    product(x, x).block_until_ready()
+    now = time.monotonic()
+    best = min(best, now - began)
+    if now >= end:
+      return 2 * size**3 / best
