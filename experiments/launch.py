@@ -65,15 +65,15 @@ def main(
     "Folder of the run; the same command continues it.",
     flag_values=values,
   )
-  if not _wants_help(argv):
-    _guard(lambda: _check_config_flags(argv), argv)
-  config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file; --config.key=value changes one of its keys.",
-    flag_values=values,
-    sys_argv=argv,
-  )
+  if _wants_help(argv):
+    flags.DEFINE_string(
+      "config",
+      None,
+      "Config file; --config.key=value changes one of its keys.",
+      flag_values=values,
+    )
+    command(lambda values: None, doc, values, argv)
+    return
 
   def body(values):
     if not values.workdir:
@@ -83,7 +83,14 @@ def main(
       )
     run(values.config, values.workdir)
 
-  command(body, doc, values, argv)
+  def configured():
+    config, rest = _split_config(argv)
+    config_flags.DEFINE_config_dict(
+      "config", config, "", flag_values=values, sys_argv=rest
+    )
+    command(body, doc, values, rest)
+
+  _guard(configured, argv)
 
 
 def command(
@@ -167,45 +174,47 @@ def _help(doc: str | None, values: flags.FlagValues) -> str:
   return "\n".join(lines)
 
 
-def _check_config_flags(argv: list[str]) -> None:
-  """Errors of --config and --config.key, better than the flag library's."""
-  path, overrides = None, []
-  for i, arg in enumerate(argv[1:], start=1):
-    if match := re.fullmatch(r"--?config(?:=(.*))?", arg, re.DOTALL):
-      following = argv[i + 1] if i + 1 < len(argv) else None
-      path = match[1] if match[1] is not None else following
-    elif match := re.match(r"--?(?:no)?config\.([^=]+)", arg):
-      overrides.append(match[1])
+def _split_config(argv: list[str]) -> tuple[Any, list[str]]:
+  """The loaded config, and the command without its --config."""
+  path, rest, keys = None, argv[:1], []
+  arguments = iter(argv[1:])
+  for argument in arguments:
+    if match := re.fullmatch(r"--?config(?:=(.*))?", argument, re.DOTALL):
+      path = next(arguments, None) if match[1] is None else match[1]
+      continue
+    rest.append(argument)
+    if match := re.match(r"--?(?:no)?config\.([^=]+)", argument):
+      keys.append(match[1])
   if not path:
     raise _UsageError(
-      f"--config is missing: name a config file, such as"
+      "--config is missing: name a config file, such as"
       f" --config={_some_config()}."
     )
-  name, *argument = path.split(":", 1)
+  name, *text = path.split(":", 1)  # FILE.py:text calls get_config(text)
   if not os.path.isfile(name):
     near = _near_files(name)
     raise _UsageError(
       f"--config={name}: there is no such file."
       + (f" Near it: {', '.join(near)}." if near else "")
     )
-  if not overrides:
-    return
-  known = _dotted(_load(name, argument))
-  for key in overrides:
+  config = _load(name, text)
+  known = _dotted(config)
+  for key in keys:
     # Entries of lists are written key[0], which only the flag library reads.
     if "[" not in key and key not in known:
       raise _UsageError(
         f"--config.{key}: {name} has no key {key!r}"
         + config_lib.did_you_mean(key, known)
       )
+  return config, rest
 
 
-def _load(path: str, argument: list[str]) -> Any:
+def _load(path: str, text: list[str]) -> Any:
   """`get_config()` of a config file, executed in a namespace of its own."""
   namespace: dict[str, Any] = {"__name__": "config", "__file__": path}
   source = pathlib.Path(path).read_text()
   exec(compile(source, path, "exec"), namespace)
-  return namespace["get_config"](*argument)
+  return namespace["get_config"](*text)
 
 
 def _dotted(config: Any, prefix: str = "") -> list[str]:

@@ -18,7 +18,7 @@ import platform
 import subprocess
 import sys
 import warnings
-from typing import IO, Any
+from typing import Any
 
 from rlm import files
 from rlm.config import plain
@@ -59,7 +59,7 @@ class Workdir:
     *,
     resumed: bool,
     summary: dict[str, Any] | None,
-    lock: IO | None,
+    lock: int | None,
   ):
     self.path = path
     self.config = config
@@ -120,7 +120,7 @@ class Workdir:
   def close(self) -> None:
     """Lets another process open the folder."""
     if self._lock is not None:
-      self._lock.close()
+      os.close(self._lock)
       self._lock = None
 
 
@@ -177,11 +177,11 @@ def open_workdir(
         )
     summary = files.read_json(summary_path) if summary_path.exists() else None
     if summary is None:
-      _record_start(path)
-      # Last: with it the folder is a run that can be continued.
+      # First: whatever else is found here belongs to this config.
       files.write_json(path / "config.json", config)
+      _record_start(path)
   except BaseException:
-    lock.close()
+    os.close(lock)
     raise
   return Workdir(
     path, config, identity, resumed=resumed, summary=summary, lock=lock
@@ -290,24 +290,22 @@ def _record_start(path: pathlib.Path) -> None:
   files.write_json(run_path, {**now, "inputs": inputs, "starts": starts})
 
 
-def _lock(path: pathlib.Path) -> IO:
+def _lock(path: pathlib.Path) -> int:
   """Takes the folder for this process; the system releases it at its death."""
-  lock = open(path / ".lock", "a+")
+  lock = os.open(path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
   try:
     fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
   except OSError as error:
-    lock.seek(0)
-    owner = lock.read().strip()
-    lock.close()
+    owner = os.read(lock, 20).decode() or "(unknown)"
+    os.close(lock)
     if error.errno not in (errno.EACCES, errno.EAGAIN):
       raise
     raise ValueError(
-      f"{path} is being used by process {owner or '(unknown)'}. Wait for it to"
-      " end, or choose another --workdir."
+      f"{path} is being used by process {owner}. Wait for it to end, or choose"
+      " another --workdir."
     ) from error
-  lock.truncate(0)
-  lock.write(str(os.getpid()))
-  lock.flush()
+  os.ftruncate(lock, 0)
+  os.pwrite(lock, str(os.getpid()).encode(), 0)
   return lock
 
 
@@ -341,7 +339,7 @@ def _without(config: dict, keys: tuple[str, ...], prefix: str = "") -> dict:
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
   """Nested dicts as one, with dotted keys."""
-  if not isinstance(value, dict) or not value:
+  if not isinstance(value, dict) or (prefix and not value):
     return {prefix: value}
   return {
     key: leaf

@@ -2,13 +2,13 @@
 
 Everything that a bit-exact continuation needs is in one Orbax step folder:
 
-  checkpoints/600/state/    the pytree of arrays, by Orbax's StandardSave
-  checkpoints/600/record/   JSON: the run's config, the loop's `extra`, and
-                            each array's path, shape, dtype and CRC-32
+  checkpoints/600/state/         the pytree of arrays, by Orbax's StandardSave
+  checkpoints/600/record/        JSON: the run's config, the loop's `extra`, and
+                                 each array's path, shape and dtype
+  checkpoints/600/manifest.json  every file's size and CRC-32
 
-Orbax writes aside and renames, so a kill leaves the folder or nothing; its own
-checks find torn files, but a flipped bit or a page of zeros inside an array's
-bytes only the CRCs find (measured by damaging each file of a checkpoint).
+It is written aside and appears by one rename when all of it is on the disk, so
+a kill or a power cut leaves the whole checkpoint or nothing.
 
 The loop that loses nothing; `Config` and the rest are the experiment's:
 
@@ -58,7 +58,6 @@ equal to `state.step`.  A kill costs the steps since the last save: they are
 done again, and their records are dropped first.
 """
 
-import contextlib
 import os
 import pathlib
 import shutil
@@ -71,9 +70,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from rlm import files
-from rlm.checkpoint import record as record_lib
+from rlm.checkpoint import leaves, manifest
 from rlm.workdir import differences
 
+_ASIDE = ".aside-"  # prefix of folders that are no checkpoint (any more)
 _SLACK_BYTES = 16_000_000  # metrics, traces and the JSON beside the arrays
 
 
@@ -96,23 +96,23 @@ class CheckpointManager:
 
     Raises:
       ValueError: `keep` is less than 1.
+      DiskFullError: no space left.
     """
     if keep < 1:
       raise ValueError(f"keep={keep}: at least one checkpoint must be kept.")
     self.folder = pathlib.Path(folder).absolute()
     self._keep = keep
     self._config = files.to_json(config)
-    with files.clear_disk_errors(self.folder):
-      self._orbax = _open_orbax(
-        self.folder, ocp.StandardCheckpointHandler(), create=True
-      )
+    self._orbax = _open_orbax(ocp.StandardCheckpointHandler())
     if jax.process_index() == 0:
-      for leftover in self.folder.glob(".deleted-*"):
+      with files.clear_disk_errors(self.folder):
+        self.folder.mkdir(parents=True, exist_ok=True)
+      for leftover in self.folder.glob(f"{_ASIDE}*"):
         shutil.rmtree(leftover)
 
   def latest_step(self) -> int | None:
     """The step of the newest checkpoint, None without one."""
-    return max(self._orbax.all_steps(), default=None)
+    return max(_steps(self.folder), default=None)
 
   def save(
     self, step: int, state: Any, extra: dict[str, Any] | None = None
@@ -128,36 +128,40 @@ class CheckpointManager:
       ValueError: a leaf is no jax array, or the step was saved before.
       DiskFullError: no space left; the older checkpoints are untouched.
     """
-    if step in self._orbax.all_steps():
+    if step in _steps(self.folder):
       raise ValueError(f"step {step} is already saved in {self.folder}.")
-    for path, leaf in record_lib.leaves(state):
+    for path, leaf in leaves.flatten(state):
       if not isinstance(leaf, jax.Array):
         raise ValueError(
           f"state leaf {path} is {type(leaf).__name__}, not a jax array. Make"
           " it one (jnp.asarray), or put plain data into `extra`."
         )
-    record = record_lib.make_record(
-      state, files.to_json(extra or {}), self._config
-    )
-    with files.clear_disk_errors(self.folder / str(step)):
+    record = {
+      "extra": files.to_json(extra or {}),
+      "config": self._config,
+      "arrays": {
+        path: leaves.describe(leaf) for path, leaf in leaves.flatten(state)
+      },
+    }
+    final, aside = self.folder / str(step), self.folder / f"{_ASIDE}new"
+    with files.clear_disk_errors(final):
       self._orbax.save(
-        step,
+        aside,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(_stored(state)),
+          state=ocp.args.StandardSave(jax.tree.map(leaves.stored, state)),
           record=ocp.args.JsonSave(record),
         ),
-        force=True,
+        force=True,  # over what a failed save left
       )
-      self._orbax.wait_until_finished()
       if jax.process_index() == 0:
-        _sync_tree(self.folder / str(step))
-        # Only now: until the new one is on the disk, the old ones are needed.
-        for old in sorted(self._orbax.all_steps())[: -self._keep]:
+        manifest.write_manifest(aside)
+        os.rename(aside, final)
+        files.sync_folder(self.folder)
+        for old in _steps(self.folder)[: -self._keep]:
           # By a rename, so that a kill never leaves half an old checkpoint.
-          doomed = self.folder / f".deleted-{old}"
+          doomed = self.folder / f"{_ASIDE}{old}"
           os.rename(self.folder / str(old), doomed)
           shutil.rmtree(doomed)
-    self._orbax.reload()
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest checkpoint that is whole.
@@ -181,29 +185,22 @@ class CheckpointManager:
     Warns:
       UserWarning: a checkpoint was torn.
     """
-    steps = sorted(self._orbax.all_steps(), reverse=True)
-    need = sum(
-      leaf.size * leaf.dtype.itemsize
-      for leaf in jax.tree.leaves(jax.eval_shape(_stored, template))
-    )
+    steps = _steps(self.folder)
     files.require_free_space(
       self.folder,
-      max(self._keep + 1 - len(steps), 1) * need + _SLACK_BYTES,
+      max(self._keep + 1 - len(steps), 1) * leaves.stored_bytes(template)
+      + _SLACK_BYTES,
       f"the next checkpoints in {self.folder}",
     )
     if not steps:
       return None
-    step, (state, record), torn = _newest_whole(
-      self._orbax, steps, lambda step: self._read(step, template)
-    )
-    if torn:
-      for bad in torn:
-        aside = self.folder / f"{bad}.torn"
-        shutil.rmtree(aside, ignore_errors=True)  # of an earlier fall
-        os.rename(self.folder / str(bad), aside)
-      self._orbax.reload()
-      warnings.warn(_torn_message(self.folder, torn, step), stacklevel=2)
-    return step, state, record["extra"]
+    step, torn = _newest_whole(self.folder, steps)
+    state, extra = self._read(step, template)
+    for bad in torn:
+      kept = self.folder / f"{bad}.torn"
+      shutil.rmtree(kept, ignore_errors=True)  # of an earlier fall
+      os.rename(self.folder / str(bad), kept)
+    return step, state, extra
 
   def close(self) -> None:
     """Releases Orbax's threads."""
@@ -217,32 +214,32 @@ class CheckpointManager:
 
   def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
     """One checkpoint, checked against config, template and checksums."""
-    record = _read_record(self._orbax, step)
+    record = _read_record(self._orbax, self.folder / str(step))
     if self._config is not None and record["config"] is not None:
       changed = differences(record["config"], self._config)
       if changed:
-        raise _MismatchError(
+        raise ValueError(
           f"the checkpoint {self.folder / str(step)} is of another config;"
           f" saved -> given:\n{changed}\nChoose another --workdir, or give the"
           " saved values."
         )
-    changed = differences(
-      record_lib.saved_layout(record), record_lib.layout(template)
-    )
+    wanted = {
+      path: leaves.describe(leaf) for path, leaf in leaves.flatten(template)
+    }
+    changed = differences(_layout(record["arrays"]), _layout(wanted))
     if changed:
-      raise _MismatchError(
+      raise ValueError(
         f"the checkpoint {self.folder / str(step)} holds another state;"
         f" saved -> needed:\n{changed}\nThe model, the optimizer or the code"
         " changed since: choose another --workdir."
       )
     state = self._orbax.restore(
-      step,
+      self.folder / str(step),
       args=ocp.args.Composite(
-        state=ocp.args.StandardRestore(jax.tree.map(_target, template))
+        state=ocp.args.StandardRestore(jax.tree.map(leaves.target, template))
       ),
     ).state
-    record_lib.check_arrays(state, record)
-    return jax.tree.map(_as_template, state, template), record
+    return jax.tree.map(leaves.placed, state, template), record["extra"]
 
 
 def restore_part(
@@ -269,23 +266,16 @@ def restore_part(
   folder = pathlib.Path(folder).absolute()
   if not folder.is_dir():
     raise ValueError(f"{folder} does not exist: it should hold checkpoints.")
-  # The same layout as StandardSave's, and a handler that reads parts of it.
-  handler = ocp.PyTreeCheckpointHandler()
-  with contextlib.closing(_open_orbax(folder, handler, create=False)) as orbax:
-    steps = sorted(orbax.all_steps(), reverse=True)
-    if not steps or (step is not None and step not in steps):
-      raise ValueError(
-        f"{folder} has no checkpoint{'' if step is None else f' {step}'};"
-        f" found: {', '.join(map(str, steps)) or 'none'}."
-      )
-    step, part, torn = _newest_whole(
-      orbax,
-      steps if step is None else [step],
-      lambda step: _read_part(orbax, step, name),
+  steps = _steps(folder)
+  if not steps or (step is not None and step not in steps):
+    raise ValueError(
+      f"{folder} has no checkpoint{'' if step is None else f' {step}'};"
+      f" found: {', '.join(map(str, steps)) or 'none'}."
     )
-  if torn:
-    warnings.warn(_torn_message(folder, torn, step), stacklevel=2)
-  return part
+  step, _ = _newest_whole(folder, steps if step is None else [step])
+  # Reads StandardSave's layout, and parts of it.
+  with _open_orbax(ocp.PyTreeCheckpointHandler()) as orbax:
+    return _read_part(orbax, folder / str(step), name)
 
 
 def restore_variables(folder: files.Path, *, step: int | None = None) -> Any:
@@ -304,72 +294,67 @@ def restore_variables(folder: files.Path, *, step: int | None = None) -> Any:
   return restore_part(folder, "variables", step=step)
 
 
-class _MismatchError(ValueError):
-  """The checkpoint is whole, but not this run's."""
-
-
-def _open_orbax(
-  folder: pathlib.Path, handler: Any, *, create: bool
-) -> ocp.CheckpointManager:
-  return ocp.CheckpointManager(
-    folder,
-    item_handlers={
-      "state": handler,
-      "record": ocp.JsonCheckpointHandler(),
-    },
-    options=ocp.CheckpointManagerOptions(
-      create=create,
-      cleanup_tmp_directories=create,
-      # Blocking: 0.1 s for 2 MB on two cores, of which a save in the
-      # background would still hold the loop for 0.03 s.
-      enable_async_checkpointing=False,
-    ),
+def _open_orbax(handler: Any) -> ocp.Checkpointer:
+  # Blocking: 0.1 s for 2 MB on two cores, of which saving in the background
+  # would still hold the loop for 0.03 s.
+  return ocp.Checkpointer(
+    ocp.CompositeCheckpointHandler(
+      state=handler, record=ocp.JsonCheckpointHandler()
+    )
   )
 
 
-def _newest_whole(orbax: Any, steps: list[int], read: Any) -> tuple:
-  """(step, read(step), [torn steps]) of the first step that reads."""
+def _steps(folder: pathlib.Path) -> list[int]:
+  """Steps with a checkpoint, oldest first."""
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+def _newest_whole(
+  folder: pathlib.Path, steps: list[int]
+) -> tuple[int, list[int]]:
+  """The newest step that is whole, and the newer ones, which are torn."""
   reasons: dict[int, str] = {}
-  for step in steps:
-    try:
-      return step, read(step), list(reasons)
-    except (_MismatchError, KeyboardInterrupt):
-      raise
-    except Exception as error:  # whatever Orbax raises on damaged files
-      reasons[step] = f"{type(error).__name__}: {str(error)[:200]}"
+  for step in sorted(steps, reverse=True):
+    reason = manifest.damage(folder / str(step))
+    if reason is not None:
+      reasons[step] = reason
+      continue
+    for torn, reason in reasons.items():
+      warnings.warn(
+        f"checkpoint {torn} in {folder} is torn or corrupt ({reason}); falling"
+        f" back to the one of step {step}.",
+        stacklevel=3,
+      )
+    return step, list(reasons)
   lines = "\n".join(f"  {step}: {reason}" for step, reason in reasons.items())
   raise ValueError(
-    f"no checkpoint in {orbax.directory} is readable:\n{lines}\nRemove the"
-    " folder to start from the beginning."
+    f"no checkpoint in {folder} is whole:\n{lines}\nRemove the folder to start"
+    " from the beginning."
   )
 
 
-def _torn_message(folder: pathlib.Path, torn: list[int], step: int) -> str:
-  return (
-    f"checkpoint {', '.join(map(str, torn))} in {folder} is torn or corrupt;"
-    f" falling back to the one of step {step}."
-  )
+def _read_record(
+  orbax: ocp.Checkpointer, folder: pathlib.Path
+) -> dict[str, Any]:
+  args = ocp.args.Composite(record=ocp.args.JsonRestore())
+  return orbax.restore(folder, args=args).record
 
 
-def _read_record(orbax: Any, step: int) -> dict[str, Any]:
-  record = orbax.restore(
-    step, args=ocp.args.Composite(record=ocp.args.JsonRestore())
-  ).record
-  record_lib.check_record(record)
-  return record
+def _layout(arrays: dict[str, Any]) -> dict[str, str]:
+  return {path: f"{a['dtype']} {a['shape']}" for path, a in arrays.items()}
 
 
-def _read_part(orbax: Any, step: int, name: str) -> Any:
-  record = _read_record(orbax, step)
-  tree = orbax.item_metadata(step).state.tree
+def _read_part(orbax: ocp.Checkpointer, folder: pathlib.Path, name: str) -> Any:
+  record = _read_record(orbax, folder)
+  tree = orbax.metadata(folder).item_metadata.state.tree
   if name not in tree:
-    raise _MismatchError(
-      f"the checkpoint {orbax.directory / str(step)} has no {name!r}; it has"
+    raise ValueError(
+      f"the checkpoint {folder} has no {name!r}; it has"
       f" {', '.join(sorted(tree))}."
     )
   target = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), tree[name])
   part = orbax.restore(
-    step,
+    folder,
     args=ocp.args.Composite(
       state=ocp.args.PyTreeRestore(
         {name: target},
@@ -382,51 +367,9 @@ def _read_part(orbax: Any, step: int, name: str) -> Any:
       )
     ),
   ).state
-  record_lib.check_arrays(part, record)
 
-  def as_saved(path, leaf):
-    impl = record["arrays"][record_lib.path_text(path)].get("key_impl")
-    array = jnp.array(leaf)
-    return array if impl is None else jax.random.wrap_key_data(array, impl=impl)
+  def as_saved(path, data):
+    saved = record["arrays"][leaves.path_text(path)]
+    return leaves.as_leaf(jnp.array(data), saved)
 
   return jax.tree_util.tree_map_with_path(as_saved, part)[name]
-
-
-def _stored(tree: Any) -> Any:
-  return jax.tree.map(record_lib.stored, tree)
-
-
-def _target(leaf: Any) -> Any:
-  """What Orbax shall restore for a template's leaf."""
-  data = jax.eval_shape(record_lib.stored, leaf)
-  if _has_place(leaf):
-    sharding = (
-      record_lib.stored(leaf).sharding
-      if isinstance(leaf, jax.Array)
-      else leaf.sharding
-    )
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-  return np.empty(data.shape, data.dtype)
-
-
-def _has_place(leaf: Any) -> bool:
-  """Whether the template says on which devices the leaf lives."""
-  if isinstance(leaf, jax.Array):
-    return leaf.committed
-  return getattr(leaf, "sharding", None) is not None
-
-
-def _as_template(restored: Any, leaf: Any) -> Any:
-  """A restored leaf as the template's: its key type, and uncommitted alike."""
-  if not _has_place(leaf):
-    # A copy: the device must own what a donating step will reuse.
-    restored = jnp.array(restored)
-  if not record_lib.is_key(leaf):
-    return restored
-  return jax.random.wrap_key_data(restored, impl=record_lib.key_impl(leaf))
-
-
-def _sync_tree(folder: pathlib.Path) -> None:
-  """Brings a finished checkpoint and its name to the disk."""
-  for path in [*folder.rglob("*"), folder, folder.parent]:
-    files.sync_folder(path)  # fsync of a descriptor: files as well as folders

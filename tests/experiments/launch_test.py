@@ -1,0 +1,172 @@
+"""The command line: quick help, and mistakes told before anything starts."""
+
+import subprocess
+import sys
+
+import pytest
+
+from experiments import launch
+from rlm import files, stopping
+from rlm.metrics import NonFiniteError
+
+CONFIG = """
+import ml_collections
+def get_config(size=8):
+  c = ml_collections.ConfigDict()
+  c.seed, c.lr, c.name, c.levels = 0, 0.1, "a", (1, 2)
+  c.ema, c.files = None, ["x"]
+  c.model = dict(hidden_size=int(size), dense=False)
+  return c
+"""
+
+
+@pytest.fixture
+def config(tmp_path):
+  path = tmp_path / "laptop.py"
+  path.write_text(CONFIG)
+  return f"--config={path}"
+
+
+def launched(*args, run=None):
+  """(config, workdir) that run received."""
+  seen = []
+  launch.main(run or (lambda c, w: seen.append((c, w))), "Doc.", ["x", *args])
+  return seen[0]
+
+
+def error(capsys, *args, code=2, run=None):
+  """The message of a command that must fail."""
+  with pytest.raises(SystemExit) as stopped:
+    launched(*args, run=run or (lambda c, w: None))
+  assert stopped.value.code == code
+  return capsys.readouterr().err
+
+
+def test_a_run_gets_its_config_with_overrides(config):
+  c, folder = launched(
+    config,
+    "--workdir=runs/a",
+    "--config.seed=3",
+    "--config.model.hidden_size=16",
+    "--config.model.dense",
+    "--config.lr=1",
+    "--config.levels=(4,5)",
+    "--config.ema=0.99",
+    "--config.files=['y', 'z']",
+  )
+  assert folder == "runs/a"
+  assert (c.seed, c.lr, c.levels) == (3, 1.0, (4, 5))
+  assert c.model.hidden_size == 16 and c.model.dense
+  assert c.ema == 0.99 and c.files == ["y", "z"]
+
+
+def test_flags_may_stand_apart_and_configs_take_an_argument(tmp_path, config):
+  path = config.removeprefix("--config=")
+  c, _ = launched("--config", f"{path}:32", "--workdir", "w")
+  assert c.model.hidden_size == 32
+
+
+def test_help_shows_the_docstring_and_flags(capsys):
+  for flag in ("--help", "-h"):
+    launch.main(None, "What it does.\n\npython -m x", ["x", flag])
+    out = capsys.readouterr().out
+    assert out.startswith("What it does.")
+    assert "--config:" in out and "--workdir:" in out and "--verbosity:" in out
+
+
+def test_help_and_mistakes_do_not_import_jax(tmp_path, config):
+  for args in (["--help"], [config, "--workdir=w", "--config.sede=1"]):
+    code = (
+      "import sys; from experiments import launch\n"
+      "try: launch.main(None, 'Doc.', ['x', *sys.argv[1:]])\n"
+      "except SystemExit as e: assert e.code == 2\n"
+      "assert not {'jax', 'flax', 'orbax'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, *args], check=True)
+
+
+def test_missing_config(capsys):
+  assert "--config is missing: name a config file" in error(capsys)
+  assert "--config is missing" in error(capsys, "--config")
+  assert "--config is missing" in error(capsys, "--config=", "--workdir=w")
+
+
+def test_config_file_that_is_not_there(capsys, tmp_path, config):
+  (tmp_path / "other.py").write_text("")
+  message = error(capsys, f"--config={tmp_path}/laptp.py", "--workdir=w")
+  assert "laptp.py: there is no such file. Near it: " in message
+  assert f"{tmp_path}/laptop.py" in message
+
+
+def test_missing_workdir(capsys, config):
+  assert "--workdir is missing: name the folder" in error(capsys, config)
+
+
+@pytest.mark.parametrize(
+  "flag, text",
+  [
+    ("--config.sede=1", "has no key 'sede'; did you mean 'seed'?"),
+    (
+      "--config.model.hiden_size=1",
+      "has no key 'model.hiden_size'; did you mean 'model.hidden_size'?",
+    ),
+    ("--config.hidden_size=1", "did you mean 'model.hidden_size'?"),
+    ("--noconfig.model.dnse", "did you mean 'model.dense'?"),
+    ("--config.seed=1.5", "flag --config.seed=1.5: invalid literal for int()"),
+    ("--config.lr=fast", "could not convert string to float: 'fast'"),
+    ("--workdr=w", "Unknown command line flag 'workdr'. Did you mean: workdir"),
+    ("seed=1", "unexpected argument 'seed=1': flags are written --name=value"),
+  ],
+)
+def test_misspelt_flags(capsys, config, flag, text):
+  message = error(capsys, config, "--workdir=w", flag)
+  assert text in message and "Traceback" not in message
+
+
+def fails(error):
+  def run(c, workdir):
+    raise error
+
+  return run
+
+
+def test_a_users_mistake_is_one_message(capsys, config):
+  args = (config, "--workdir=w")
+  run = fails(ValueError("heads=3 do not divide. Make it 4."))
+  message = error(capsys, *args, run=run)
+  assert message.startswith("error: heads=3 do not divide. Make it 4.\n")
+  assert "--verbosity=debug shows where" in message
+  for debug in (["--verbosity=debug"], ["-v", "debug"], ["-v=debug"]):
+    with pytest.raises(ValueError, match="heads=3"):
+      launched(*args, *debug, run=run)
+
+
+def test_failures_of_the_run_exit_with_one(capsys, config):
+  args = (config, "--workdir=w")
+  full = files.DiskFullError(28, "no space left on the disk")
+  assert "error: no space left" in error(capsys, *args, run=fails(full), code=1)
+  bad = NonFiniteError(3, "loss", "step 3: loss = nan.")
+  assert "error: step 3: loss = nan." in error(
+    capsys, *args, run=fails(bad), code=1
+  )
+
+
+def test_bugs_keep_their_traceback(config):
+  for bug in (KeyError("x"), PermissionError(13, "no")):
+    with pytest.raises(type(bug)):
+      launched(config, "--workdir=w", run=fails(bug))
+
+
+def test_a_stopped_run_exits_well_and_says_how_to_continue(capsys, config):
+  def run(c, workdir):
+    with stopping.catch_signals() as stop:
+      import os
+      import signal
+
+      os.kill(os.getpid(), signal.SIGTERM)
+      assert stop.requested
+      raise stopping.Stopped("rl", 7)
+
+  launch.main(run, "Doc.", ["x", config, "--workdir=w"])
+  out = capsys.readouterr().out
+  assert "rl stopped after step 7 and is saved. The same command" in out
