@@ -1,0 +1,78 @@
+"""Every config file still runs: as far as the shapes of its models."""
+
+import ast
+import dataclasses
+import functools
+import importlib
+import pathlib
+import re
+import runpy
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from rlm.config import build
+from rlm.models.config import ModelConfig
+from rlm.models.transformer import Transformer
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = [
+  str(path.relative_to(ROOT))
+  for path in sorted((ROOT / "configs").rglob("*.py"))
+  if path.name != "__init__.py"
+]
+
+
+def experiment_of(file: str) -> str:
+  """The experiment that the command in the file's docstring runs it by."""
+  docstring = ast.get_docstring(ast.parse((ROOT / file).read_text())) or ""
+  command = re.sub(r"\\\n\s*", "", docstring)  # join continued lines
+  match = re.search(rf"python -m experiments\.(\w+)\s+--config={file}", command)
+  assert match, f"{file}: its docstring lacks its command, --config={file}"
+  return match[1]
+
+
+@functools.cache
+def typed_config(file: str):
+  """The config as its experiment reads it."""
+  config = runpy.run_path(str(ROOT / file))["get_config"]()
+  assert isinstance(config, ml_collections.ConfigDict)
+  experiment = importlib.import_module(f"experiments.{experiment_of(file)}")
+  return build(experiment.Config, config)
+
+
+def models_of(section) -> list[ModelConfig]:
+  """Every ModelConfig in a tree of sections."""
+  if isinstance(section, ModelConfig):
+    return [section]
+  if dataclasses.is_dataclass(section):
+    values = [getattr(section, f.name) for f in dataclasses.fields(section)]
+  elif isinstance(section, dict):
+    values = list(section.values())
+  elif isinstance(section, (list, tuple)):
+    values = list(section)
+  else:
+    return []
+  return [model for value in values for model in models_of(value)]
+
+
+def test_there_are_configs():
+  assert "configs/r1/laptop.py" in FILES
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_config_is_what_its_experiment_reads(file):
+  typed_config(file)
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_models_have_shapes(file):
+  for cfg in set(models_of(typed_config(file))):
+    row = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+    variables = jax.eval_shape(
+      Transformer(cfg).init, jax.random.key(0), row, row, row
+    )
+    leaves = jax.tree.leaves(variables["params"])
+    assert {leaf.dtype for leaf in leaves} == {jnp.dtype(cfg.param_dtype)}
