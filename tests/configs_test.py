@@ -16,6 +16,9 @@ import pytest
 from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
+from rlm.rl.rejection import RejectionConfig
+from rlm.sampling.sampler import SamplingConfig
+from rlm.tasks.registry import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = [
@@ -43,19 +46,30 @@ def typed_config(file: str):
   return build(experiment.Config, config)
 
 
-def models_of(section) -> list[ModelConfig]:
-  """Every ModelConfig in a tree of sections."""
-  if isinstance(section, ModelConfig):
-    return [section]
+def sections_of(section, name: str = ""):
+  """(name, value) of a section and of all below it, typed or plain."""
+  yield name, section
   if dataclasses.is_dataclass(section):
-    values = [getattr(section, f.name) for f in dataclasses.fields(section)]
+    fields = dataclasses.fields(section)
+    items = [(f.name, getattr(section, f.name)) for f in fields]
   elif isinstance(section, dict):
-    values = list(section.values())
+    items = list(section.items())
   elif isinstance(section, (list, tuple)):
-    values = list(section)
+    items = [(name, value) for value in section]
   else:
-    return []
-  return [model for value in values for model in models_of(value)]
+    return
+  for key, value in items:
+    yield from sections_of(value, key)
+
+
+# Sections that stay plain in Config, because their classes import jax or
+# depend on a name inside; experiments build them first thing in run().
+PLAIN = {
+  "sampling": functools.partial(build, SamplingConfig),
+  "rejection": functools.partial(build, RejectionConfig),
+  "task": make_task,
+  "tasks": lambda tasks: [make_task(task) for task in tasks.values()],
+}
 
 
 def test_there_are_configs():
@@ -64,12 +78,15 @@ def test_there_are_configs():
 
 @pytest.mark.parametrize("file", FILES)
 def test_config_is_what_its_experiment_reads(file):
-  typed_config(file)
+  for name, section in sections_of(typed_config(file)):
+    if name in PLAIN and isinstance(section, dict):
+      PLAIN[name](section)
 
 
 @pytest.mark.parametrize("file", FILES)
 def test_models_have_shapes(file):
-  for cfg in set(models_of(typed_config(file))):
+  sections = (section for _, section in sections_of(typed_config(file)))
+  for cfg in {s for s in sections if isinstance(s, ModelConfig)}:
     row = jax.ShapeDtypeStruct((2, 8), jnp.int32)
     variables = jax.eval_shape(
       Transformer(cfg).init, jax.random.key(0), row, row, row
