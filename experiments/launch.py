@@ -3,7 +3,8 @@
 Every experiment calls `launch.main(run, __doc__)` where it is the main module,
 and imports what needs jax inside `run`, so that --help and every mistake in the
 flags are answered within a second.  Exit codes: 0 done, or stopped on request
-and saved; 1 the run failed; 2 a mistake in the command or its config.
+and saved; 1 the run failed; 2 a mistake in the command or its config; 130 Ctrl-C
+twice.
 """
 
 import ast
@@ -141,6 +142,13 @@ def _guard(body: Callable[[], Any], argv: list[str]) -> None:
     body()
   except stopping.Stopped as stopped:
     print(stopped, flush=True)
+  except KeyboardInterrupt:
+    print(
+      "interrupted at once: the same command continues from the last"
+      " checkpoint.",
+      file=sys.stderr,
+    )
+    sys.exit(130)
   except (_UsageError, ValueError, OSError, FloatingPointError) as error:
     if _wants_traceback(argv):
       raise

@@ -314,7 +314,7 @@ def _open_events(folder: pathlib.Path, next_step: int) -> Any:
   import tensorboardX
 
   # purge_step hides what an interrupted process wrote after its checkpoint.
-  return tensorboardX.SummaryWriter(str(folder), purge_step=next_step or None)
+  return tensorboardX.SummaryWriter(str(folder), purge_step=next_step)
 
 
 def _add_event(events: Any, name: str, value: Any, step: int) -> None:

@@ -284,7 +284,7 @@ def _record_start(path: pathlib.Path) -> None:
       warnings.warn(
         f"{path} continues on other versions, devices or threads, so it will"
         f" not repeat the interrupted run to the bit:\n{changed}",
-        stacklevel=4,
+        stacklevel=3,
       )
     starts, inputs = [*before["starts"], start], before["inputs"]
   files.write_json(run_path, {**now, "inputs": inputs, "starts": starts})

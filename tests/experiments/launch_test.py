@@ -1,5 +1,7 @@
 """The command line: quick help, and mistakes told before anything starts."""
 
+import os
+import signal
 import subprocess
 import sys
 
@@ -151,6 +153,13 @@ def test_failures_of_the_run_exit_with_one(capsys, config):
   )
 
 
+def test_ctrl_c_twice_says_what_is_kept(capsys, config):
+  message = error(
+    capsys, config, "--workdir=w", run=fails(KeyboardInterrupt()), code=130
+  )
+  assert "same command continues from the last checkpoint" in message
+
+
 def test_bugs_keep_their_traceback(config):
   for bug in (KeyError("x"), PermissionError(13, "no")):
     with pytest.raises(type(bug)):
@@ -160,9 +169,6 @@ def test_bugs_keep_their_traceback(config):
 def test_a_stopped_run_exits_well_and_says_how_to_continue(capsys, config):
   def run(c, workdir):
     with stopping.catch_signals() as stop:
-      import os
-      import signal
-
       os.kill(os.getpid(), signal.SIGTERM)
       assert stop.requested
       raise stopping.Stopped("rl", 7)
