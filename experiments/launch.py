@@ -3,8 +3,8 @@
 Every experiment calls `launch.main(run, __doc__)` where it is the main module,
 and imports what needs jax inside `run`, so that --help and every mistake in the
 flags are answered within a second.  Exit codes: 0 done, or stopped on request
-and saved; 1 the run failed; 2 a mistake in the command or its config; 130 Ctrl-C
-twice.
+and saved; 1 the run failed; 2 a mistake in the command or its config; 130 a
+second Ctrl-C.
 """
 
 import ast
