@@ -13,11 +13,11 @@ each assistant turn ends with EOS.
 import dataclasses
 import json
 import os
-import pathlib
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rlm import files
 from rlm.data.jsonl import read_jsonl
 from rlm.data.tokenizer import ANSWER, END_ANSWER, END_THINK, THINK, Tokenizer
 
@@ -153,7 +153,7 @@ def load_messages(
 
 
 def save_messages(path: str | os.PathLike, traces: Iterable[Trace]) -> None:
-  """Writes traces as a messages file that `load_messages` reads.
+  """Writes traces, atomically, as a messages file that `load_messages` reads.
 
   Raises:
     ValueError: a trace spells one of the four markers in its own text, which
@@ -175,7 +175,7 @@ def save_messages(path: str | os.PathLike, traces: Iterable[Trace]) -> None:
     ]
     lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
   text = "".join(line + "\n" for line in lines)
-  pathlib.Path(path).write_text(text, encoding="utf-8")
+  files.write_bytes(path, text.encode("utf-8"))
 
 
 def check_fits(length: int, row_length: int, what: str) -> None:

@@ -1,0 +1,335 @@
+"""Rejection sampling: a policy's own right answers become fine-tuning data.
+
+R1's third stage (2501.12948, section 3): sample every training problem n
+times, keep what is right and readable, drop repetitions, prefer the shorter.
+Selection looks at one problem at a time, so that a run can go chunk by chunk.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from rlm.data.chat import Trace, encode_prompt
+from rlm.data.tokenizer import Tokenizer
+from rlm.rewards.answers import parse_response
+from rlm.rewards.registry import Scored
+from rlm.rl.rollout import Sampler, Scorer, completion_text
+from rlm.tasks.base import Problem, Task
+from rlm.tasks.draws import Draws
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectionConfig:
+  """What is asked, and what is kept of the answers.
+
+  Attributes:
+    levels: levels to ask, each once.
+    problems_per_level: distinct training problems of each of `levels`.
+    samples_per_problem: n.
+    require_steps: keep an answer only if its steps are right too.
+    keep_per_problem: the most that one problem gives; easy problems, which are
+      solved every time, would crowd out the others.
+    problems_per_chunk: problems between two saves. It changes no result.
+  """
+
+  levels: tuple[int, ...]
+  problems_per_level: tuple[int, ...]
+  samples_per_problem: int
+  require_steps: bool
+  keep_per_problem: int
+  problems_per_chunk: int
+
+  def __post_init__(self):
+    if not self.levels or len(set(self.levels)) != len(self.levels):
+      raise ValueError(
+        f"levels={self.levels} must name one or more levels, each once."
+      )
+    if len(self.problems_per_level) != len(self.levels):
+      raise ValueError(
+        f"problems_per_level={self.problems_per_level} needs one number for"
+        f" each of levels={self.levels}."
+      )
+    for name in (
+      "samples_per_problem",
+      "keep_per_problem",
+      "problems_per_chunk",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if min(self.problems_per_level) < 1:
+      raise ValueError(
+        f"problems_per_level={self.problems_per_level}: each must be at least"
+        " 1. Leave a level out to ask none of it."
+      )
+    if self.keep_per_problem > self.samples_per_problem:
+      raise ValueError(
+        f"keep_per_problem={self.keep_per_problem} exceeds"
+        f" samples_per_problem={self.samples_per_problem}. Lower the first or"
+        " raise the second."
+      )
+
+  @property
+  def num_problems(self) -> int:
+    """Problems of all levels."""
+    return sum(self.problems_per_level)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+  """One completion with its verdict.
+
+  Attributes:
+    problem: what was asked.
+    text: the completion, without EOS.
+    length: tokens, EOS included.
+    prompt_length: tokens.
+    finished: ended by EOS.
+    score: the verdict.
+    readable: its tokens are text, and markers no other than the format's;
+      whatever else was sampled could not be written down and read back.
+  """
+
+  problem: Problem
+  text: str
+  length: int
+  prompt_length: int
+  finished: bool
+  score: Scored
+  readable: bool
+
+
+def draw_problems(task: Task, cfg: RejectionConfig, seed: int) -> list[Problem]:
+  """Different training problems of all levels, in a random order.
+
+  Mixed, so that every chunk costs about the same and shows every level.
+
+  Args:
+    task: the family.
+    cfg: which levels, how many.
+    seed: of the problems and their order.
+
+  Returns:
+    The problems; fewer than `cfg.num_problems` where two levels share some.
+
+  Raises:
+    ValueError: the task lacks a level or has too few problems there, or its
+      steps cannot be checked although `require_steps` asks for it.
+  """
+  task.check_levels(cfg.levels, "config.rejection.levels")
+  if cfg.require_steps and not task.has_worked_solutions:
+    raise ValueError(
+      f"config.rejection.require_steps=True, but {task.name} cannot check"
+      " steps: it knows answers only. Set it to False."
+    )
+  problems = {
+    (problem.task, problem.identity): problem
+    for level, count in zip(cfg.levels, cfg.problems_per_level, strict=True)
+    for problem in task.distinct_problems(seed, count, level, "train")
+  }
+  return Draws("rejection", seed).shuffled(list(problems.values()))
+
+
+def sample_chunk(
+  sampler: Sampler,
+  variables: Any,
+  problems: Sequence[Problem],
+  first: int,
+  tokenizer: Tokenizer,
+  scorer: Scorer,
+  key: jax.Array,
+  *,
+  samples_per_problem: int,
+) -> list[list[Sample]]:
+  """Draws and scores n samples of each of some consecutive problems.
+
+  Args:
+    sampler: draws, at the temperature it was built with.
+    variables: of the policy.
+    problems: P problems.
+    first: place of the first of them among all problems.
+    tokenizer: encodes prompts, decodes completions.
+    scorer: judges texts.
+    key: sample s of the problem at place i is drawn with
+      fold_in(fold_in(key, i), s), however the problems are cut into chunks.
+    samples_per_problem: n.
+
+  Returns:
+    [P][n] samples.
+
+  Raises:
+    ValueError: a prompt is too long for the sampler or the model.
+  """
+  n = samples_per_problem
+  prompts = [
+    ids
+    for problem in problems
+    for ids in [encode_prompt(tokenizer, problem.prompt)] * n
+  ]
+  places = np.arange(first, first + len(problems), dtype=np.int32)
+  keys = jax.vmap(
+    lambda i: jax.vmap(
+      lambda s: jax.random.fold_in(jax.random.fold_in(key, i), s)
+    )(np.arange(n, dtype=np.int32))
+  )(places).reshape(-1)
+  drawn = sampler.generate(variables, prompts, keys)
+  samples: list[list[Sample]] = []
+  for p, problem in enumerate(problems):
+    samples.append([])
+    for row in range(p * n, (p + 1) * n):
+      finished = bool(drawn.finished[row])
+      tokens = drawn.tokens[row, : drawn.lengths[row]]
+      text = completion_text(tokenizer, tokens, finished)
+      samples[p].append(
+        Sample(
+          problem=problem,
+          text=text,
+          length=len(tokens),
+          prompt_length=len(prompts[row]),
+          finished=finished,
+          score=scorer.score(problem, text, finished=finished),
+          readable=is_readable(tokenizer, tokens[:-1] if finished else tokens),
+        )
+      )
+  return samples
+
+
+def is_readable(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
+  """Whether a completion is text and the format's markers, nothing else.
+
+  A sampled `<|User|>`, or half a character, has no faithful spelling: as
+  fine-tuning data it would come back as other tokens than were sampled.
+
+  Args:
+    tokenizer: spells tokens.
+    tokens: int32 [length], without EOS.
+  """
+  markers = {
+    tokenizer.think_id,
+    tokenizer.end_think_id,
+    tokenizer.answer_id,
+    tokenizer.end_answer_id,
+  }
+  if any(tokenizer.is_special(t) and int(t) not in markers for t in tokens):
+    return False
+  try:
+    tokenizer.decode_bytes(tokens).decode("utf-8")
+  except UnicodeDecodeError:
+    return False
+  return True
+
+
+def is_accepted(sample: Sample, *, require_steps: bool) -> bool:
+  """Whether a sample is good enough to learn from.
+
+  `Scored.correct` says finished, well formed and rightly answered.
+  """
+  return (
+    sample.score.correct
+    and sample.readable
+    and (sample.score.steps_correct or not require_steps)
+  )
+
+
+def select(samples: Sequence[Sample], cfg: RejectionConfig) -> list[Sample]:
+  """The samples of one problem that are kept, the shortest first.
+
+  Args:
+    samples: all samples of the problem.
+    cfg: what is kept.
+
+  Returns:
+    At most `keep_per_problem` accepted samples of different text; among
+    samples of equal length the one drawn first.
+  """
+  distinct: dict[str, Sample] = {}
+  for sample in samples:
+    if is_accepted(sample, require_steps=cfg.require_steps):
+      distinct.setdefault(sample.text, sample)
+  by_length = sorted(distinct.values(), key=lambda sample: sample.length)
+  return by_length[: cfg.keep_per_problem]
+
+
+def count_samples(
+  samples: Sequence[Sequence[Sample]], cfg: RejectionConfig
+) -> dict[str, int]:
+  """What became of samples, in numbers that add up over sets of problems.
+
+  Args:
+    samples: [P][n].
+    cfg: what is kept.
+
+  Returns:
+    problems; sampled, well_formed, correct, verified (correct by right steps),
+    accepted and kept samples; solved, the problems that gave something; tokens
+    of all prompts and completions; kept_tokens, of the kept completions.
+  """
+  drawn = [s for row in samples for s in row]
+  chosen = [select(row, cfg) for row in samples]
+  kept = [s for row in chosen for s in row]
+  return {
+    "problems": len(samples),
+    "sampled": len(drawn),
+    "well_formed": sum(s.score.well_formed for s in drawn),
+    "correct": sum(s.score.correct for s in drawn),
+    "verified": sum(s.score.correct and s.score.steps_correct for s in drawn),
+    "accepted": sum(
+      is_accepted(s, require_steps=cfg.require_steps) for s in drawn
+    ),
+    "kept": len(kept),
+    "solved": sum(map(bool, chosen)),
+    "tokens": sum(s.prompt_length + s.length for s in drawn),
+    "kept_tokens": sum(s.length for s in kept),
+  }
+
+
+def count_chunk(
+  samples: Sequence[Sequence[Sample]], cfg: RejectionConfig
+) -> dict[str, int]:
+  """`count_samples` of a chunk, and of each of `cfg.levels` in it.
+
+  Returns:
+    NAME -> number, and level/K/NAME -> number; the same keys for every chunk.
+  """
+  counts = count_samples(samples, cfg)
+  for level in cfg.levels:
+    rows = [row for row in samples if row[0].problem.level == level]
+    for name, number in count_samples(rows, cfg).items():
+      counts[f"level/{level}/{name}"] = number
+  return counts
+
+
+def total_counts(
+  chunks: Sequence[Mapping[str, Any]], cfg: RejectionConfig
+) -> dict[str, Any]:
+  """The counts of all chunks.
+
+  Args:
+    chunks: what `count_chunk` gave for each; other keys are passed over.
+    cfg: what was asked.
+
+  Returns:
+    NAME -> number, and under "levels" the same of each level, which is a
+    string there, as in JSON.
+  """
+
+  def total(prefix: str) -> dict[str, int]:
+    names = count_samples([], cfg)
+    return {name: sum(c[prefix + name] for c in chunks) for name in names}
+
+  return total("") | {
+    "levels": {str(level): total(f"level/{level}/") for level in cfg.levels}
+  }
+
+
+def to_trace(prompt: str, completion: str) -> Trace:
+  """A kept sample as fine-tuning data.
+
+  Args:
+    prompt: what was asked.
+    completion: a well-formed completion, without EOS.
+  """
+  response = parse_response(completion)
+  return Trace(prompt, response.thinking, response.answer)
