@@ -39,6 +39,7 @@ class Chooser:
 
   Attributes:
     asked: requests so far.
+    capacity: of a row, as a sampler has it.
     stop_after: requests after which it raises KeyboardInterrupt, as a kill
       inside `generate` would; None never.
   """
@@ -49,6 +50,7 @@ class Chooser:
     }
     self.ways, self.max_new = ways, max_new
     self.asked, self.stop_after = 0, stop_after
+    self.capacity = 16 + max_new
 
   def generate(self, variables, prompts, keys):
     tokens = np.full((len(prompts), self.max_new), TOKENIZER.pad_id, np.int32)

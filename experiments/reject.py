@@ -1,0 +1,187 @@
+r"""Rejection sampling: a run's own right answers, as data for fine-tuning.
+
+  python -m experiments.reject --config=configs/reject/laptop.py \
+    --config.init_from=runs/rl --workdir=runs/rejection
+
+Training problems are sampled n times each by the final weights of `init_from`,
+whose model and tokenizer are used.  Of each problem's right and well-formed
+answers the shortest few different ones are kept.  The folder gets
+messages.jsonl, which a source of kind "messages" reads, traces/STAGE.jsonl
+(the same with verdicts), metrics.jsonl (counts, a line per chunk of problems)
+and summary.json; the same command continues it, to the bit.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from experiments import launch
+from experiments.evaluate import model_of
+from rlm.config import build
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The keys of configs/reject/*.py.
+
+  Attributes:
+    stage: name of the run in its traces.
+    seed: of the problems and of the sampling.
+    init_from: folder of the run whose final weights answer.
+    task: see rlm/tasks/registry.py; training problems only.
+    rejection: see RejectionConfig.
+    sampling: see SamplingConfig.
+    slots: completions decoded together.
+    prompt_length: room for a prompt in tokens, chat markers included.
+  """
+
+  stage: str
+  seed: int
+  init_from: str
+  task: dict
+  rejection: dict
+  sampling: dict
+  slots: int
+  prompt_length: int
+
+
+# A run may go on with the weights at another place, but not with others.
+MAY_CHANGE = ("init_from",)
+
+
+def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
+  """Samples, or continues the run in `workdir`; returns its summary."""
+  import jax
+
+  from rlm import flops
+  from rlm.checkpoint import initial
+  from rlm.checkpoint.manager import restore_variables
+  from rlm.data.chat import save_messages
+  from rlm.data.tokenizer import load_tokenizer
+  from rlm.eval.evaluate import trace_record
+  from rlm.jsonl import JsonlWriter, read_jsonl
+  from rlm.metrics import MetricsWriter
+  from rlm.models.transformer import Transformer
+  from rlm.progress import Progress
+  from rlm.rewards.registry import REWARDS, Scorer
+  from rlm.rl import rejection
+  from rlm.sampling.sampler import Sampler, SamplingConfig
+  from rlm.stopping import Stopped, catch_signals
+  from rlm.tasks.registry import make_task
+  from rlm.workdir import open_workdir
+
+  # --- Config, problems and model --------------------------------------------
+  cfg = build(Config, c)
+  reject = build(rejection.RejectionConfig, cfg.rejection, "config.rejection")
+  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
+  if sampling.stop_tokens:
+    raise ValueError(
+      f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
+      " end a completion that is scored. Leave it empty."
+    )
+  task = make_task(cfg.task)
+  problems = rejection.draw_problems(task, reject, cfg.seed)
+  scorer = Scorer(task, dict.fromkeys(REWARDS, 1.0))  # verdicts alone count
+  tokenizer_name, model_cfg = model_of(cfg.init_from)
+  tokenizer = load_tokenizer(tokenizer_name)
+  sampler = Sampler(
+    Transformer(model_cfg),
+    sampling,
+    slots=cfg.slots,
+    prompt_length=cfg.prompt_length,
+    eos_token=tokenizer.eos_id,
+    pad_token=tokenizer.pad_id,
+  )
+  folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
+  if folder.summary is not None:
+    folder.say_finished(console)
+    return folder.summary
+  variables = restore_variables(pathlib.Path(cfg.init_from) / "checkpoints")
+  folder.record_input("init_from", initial.digest(variables))
+  key = jax.random.key(cfg.seed)
+
+  # --- Chunk by chunk --------------------------------------------------------
+  # A chunk counts as done once its line is in metrics.jsonl, which is written
+  # after its traces are on the disk: whatever a kill left behind of a chunk
+  # without that line is dropped when the writers open.
+  metrics_path = folder.path / "metrics.jsonl"
+  traces_path = folder.path / "traces" / f"{cfg.stage}.jsonl"
+  chunks = range(0, len(problems), reject.problems_per_chunk)
+  start = len(read_jsonl(metrics_path)) if metrics_path.exists() else 0
+  with (
+    catch_signals() as stop,
+    MetricsWriter(folder.path, next_step=start, on_nonfinite="stop") as log,
+    JsonlWriter(traces_path, next_step=start) as traces,
+    Progress(
+      console,
+      cfg.stage,
+      len(problems),
+      done=min(start * reject.problems_per_chunk, len(problems)),
+    ) as bar,
+  ):
+    for chunk, first in list(enumerate(chunks))[start:]:
+      asked = problems[first : first + reject.problems_per_chunk]
+      samples = rejection.sample_chunk(
+        sampler,
+        variables,
+        asked,
+        first,
+        tokenizer,
+        scorer,
+        key,
+        samples_per_problem=reject.samples_per_problem,
+      )
+      for row in samples:
+        for s in rejection.select(row, reject):
+          traces.write(
+            trace_record(
+              cfg.stage, chunk, s.problem, s.text, s.score, s.finished
+            )
+          )
+      traces.flush()
+      counts = rejection.count_chunk(samples, reject)
+      log.push(chunk, counts, tokens=counts["tokens"])
+      log.flush()
+      bar.update(
+        first + len(asked),
+        accuracy=counts["correct"] / counts["sampled"],
+        solved=counts["solved"] / counts["problems"],
+      )
+      if stop.requested and first + len(asked) < len(problems):
+        raise Stopped(cfg.stage, chunk + 1)
+    seconds = log.total_seconds
+
+  # --- The set ---------------------------------------------------------------
+  totals = rejection.total_counts(read_jsonl(metrics_path), reject)
+  if not totals["kept"]:
+    raise ValueError(
+      f"none of {totals['sampled']} samples of {cfg.init_from!r} was kept"
+      f" ({totals['well_formed']} well formed, {totals['correct']} of them"
+      f" correct, {totals['verified']} by right steps), so there is nothing to"
+      " fine-tune on. Train that run longer, or ask easier levels."
+    )
+  save_messages(
+    folder.path / "messages.jsonl",
+    [
+      rejection.to_trace(record["prompt"], record["completion"])
+      for record in read_jsonl(traces_path)
+    ],
+  )
+  counts = flops.count_parameters(model_cfg)
+  # Half a row stands before a token on average; prompts cost a little less.
+  flops_per_token = flops.decode_flops_per_token(
+    model_cfg, sampler.capacity / 2
+  )
+  return folder.finish(
+    {
+      "stage": cfg.stage,
+      "seconds": seconds,
+      **totals,
+      "flops": totals["tokens"] * flops_per_token,
+      "model": {"total": counts.total, "activated": counts.activated},
+    }
+  )
+
+
+if __name__ == "__main__":
+  launch.main(run, __doc__)
