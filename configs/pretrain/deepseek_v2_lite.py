@@ -1,4 +1,4 @@
-"""DeepSeek-V2-Lite: 15.7B parameters, 2.4B activated (arXiv:2405.04434, B).
+r"""DeepSeek-V2-Lite: 15.7B parameters, 2.4B activated (arXiv:2405.04434, B).
 
   python -m experiments.pretrain \
     --config=configs/pretrain/deepseek_v2_lite.py --workdir=runs/v2_lite

@@ -1,4 +1,4 @@
-"""DeepSeek-V3: 671B parameters, 37B activated (arXiv:2412.19437).
+r"""DeepSeek-V3: 671B parameters, 37B activated (arXiv:2412.19437).
 
   python -m experiments.pretrain \
     --config=configs/pretrain/deepseek_v3.py --workdir=runs/deepseek_v3

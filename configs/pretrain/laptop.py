@@ -1,4 +1,4 @@
-"""A small DeepSeek-V3 on Python's own source and on column addition.
+r"""A small DeepSeek-V3 on Python's own source and on column addition.
 
   python -m experiments.pretrain \
     --config=configs/pretrain/laptop.py --workdir=runs/pretrain

@@ -1,4 +1,4 @@
-"""A language model of the Python standard library, and of nothing else.
+r"""A language model of the Python standard library, and of nothing else.
 
   python -m experiments.pretrain \
     --config=configs/pretrain/stdlib.py --workdir=runs/stdlib
