@@ -167,7 +167,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       for record in read_jsonl(traces_path)
     ],
   )
-  counts = flops.count_parameters(model_cfg)
+  size = flops.count_parameters(model_cfg)
   # Half a row stands before a token on average; prompts cost a little less.
   flops_per_token = flops.decode_flops_per_token(
     model_cfg, sampler.capacity / 2
@@ -178,7 +178,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       "seconds": seconds,
       **totals,
       "flops": totals["tokens"] * flops_per_token,
-      "model": {"total": counts.total, "activated": counts.activated},
+      "model": {"total": size.total, "activated": size.activated},
     }
   )
 
