@@ -82,6 +82,10 @@ def main(
         "--workdir is missing: name the folder of this run, such as"
         " --workdir=runs/first."
       )
+    # What a resumed run, or a later stage of the same shape, need not compile.
+    cache = pathlib.Path(values.workdir).absolute() / "compilation_cache"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     run(values.config, values.workdir)
 
   def configured():

@@ -13,6 +13,8 @@ interrupted run, to the bit.
 import dataclasses
 import importlib
 import pathlib
+import shlex
+import sys
 import time
 from typing import Any
 
@@ -192,11 +194,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   # --- What a person takes away. ---------------------------------------------
   report = write_report(root)
   console.print(accuracy_tables(folder.summary))
-  console.print(f"Report: {report}")
+  console.print(f"Report: {report}", soft_wrap=True, markup=False)
+  chat = f"{_python()} -m experiments.sample --workdir={shlex.quote(workdir)}"
   console.print(
-    "Chat with the model just trained:\n"
-    f"  python -m experiments.sample --workdir={workdir}",
+    f"Chat with the model just trained:\n  {chat}",
     soft_wrap=True,
+    markup=False,
   )
   return folder.summary
 
@@ -260,6 +263,15 @@ def summarise(
     "model": results[cfg.order[0]]["model"],
     "flops": sum(f for f in flops if f is not None),
   }
+
+
+def _python() -> str:
+  """This interpreter as a shell in this folder names it."""
+  path = pathlib.Path(sys.executable)
+  here = pathlib.Path.cwd()
+  return shlex.quote(
+    str(path.relative_to(here) if path.is_relative_to(here) else path)
+  )
 
 
 def _note_seconds(root: pathlib.Path, name: str, seconds: float) -> None:
