@@ -60,7 +60,7 @@ def _by_stage(rows: Sequence[Evaluation], times: Sequence[object]) -> Table:
     "Held-out accuracy after each stage",
     "percent, 95% interval; given format: among well-formed answers only",
   )
-  table.add_column("stage", no_wrap=True)
+  table.add_column("stage")
   for key in shown:
     table.add_column(labels[key], justify="right", no_wrap=True)
   table.add_column("time", justify="right", no_wrap=True)
@@ -80,7 +80,7 @@ def _by_level(rows: Sequence[Evaluation]) -> Table:
   beyond = frozenset().union(*(row.beyond for row in rows))
   table = _table(
     "pass@1 by level",
-    "* beyond all training" if beyond & {*levels} else "",
+    "* harder than the levels trained on" if beyond & {*levels} else "",
   )
   table.add_column("stage", min_width=11)
   for level in levels:

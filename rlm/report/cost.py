@@ -1,13 +1,14 @@
 """What a run cost: seconds, tokens and FLOPs, stage by stage."""
 
 import dataclasses
+import statistics
 from collections.abc import Iterable
 
 from rlm.report.run_folder import (
   Record,
   Run,
+  recipe_order,
   stage_label,
-  stage_order,
   summary_stages,
 )
 from rlm.report.text import is_number
@@ -15,35 +16,51 @@ from rlm.report.text import is_number
 
 @dataclasses.dataclass(frozen=True)
 class StageCost:
-  """One stage's cost; None where it was not recorded."""
+  """One stage's cost; None where it was not recorded.
+
+  Attributes:
+    label: the stage.
+    seconds: of the whole stage.
+    tokens: trained on or sampled.
+    flops: by formula.
+    tokens_per_second: median over steps, so that compilation does not count.
+    mfu: share of the device's peak, median over steps.
+  """
 
   label: str
   seconds: float | None
   tokens: float | None
   flops: float | None
+  tokens_per_second: float | None
+  mfu: float | None
 
 
 def costs(run: Run) -> list[StageCost]:
   """Costs by stage, in order; from the summaries, else from the records."""
   entries = {str(e["name"]): e for e in summary_stages(run.summary)}
   stages = {stage.name: stage for stage in run.stages}
-  flops_by_stage = run.summary.get("flops")
   found = []
-  for name in sorted({*entries, *stages}, key=stage_order):
+  # Those of the recipe in order, then the others as they were read.
+  names = dict.fromkeys([*recipe_order(run.config), *entries, *stages])
+  for name in names:
     sources: list[Record] = [entries[name]] if name in entries else []
+    metrics: list[Record] = []
+    timing: list[Record] = []
     if name in stages:
       sources.append(stages[name].summary)
+      metrics, timing = stages[name].metrics, stages[name].timing
     seconds = _first(sources, "seconds")
     tokens = _first(sources, "tokens")
-    flops = _first(sources, "flops")
-    if flops is None and isinstance(flops_by_stage, dict):
-      flops = _first([flops_by_stage], name)
-    if name in stages and seconds is None:
-      seconds = total(record.get("seconds") for record in stages[name].timing)
-    if name in stages and tokens is None:
-      tokens = total(record.get("tokens") for record in stages[name].metrics)
-    if (seconds, tokens, flops) != (None, None, None):
-      found.append(StageCost(stage_label(name), seconds, tokens, flops))
+    cost = StageCost(
+      label=stage_label(name),
+      seconds=_total(timing, "seconds") if seconds is None else seconds,
+      tokens=_total(metrics, "tokens") if tokens is None else tokens,
+      flops=_first(sources, "flops"),
+      tokens_per_second=_median(timing, "tokens_per_second"),
+      mfu=_median(timing, "mfu"),
+    )
+    if any(v is not None for v in (cost.seconds, cost.tokens, cost.flops)):
+      found.append(cost)
   return found
 
 
@@ -56,3 +73,12 @@ def total(values: Iterable[object]) -> float | None:
 def _first(records: list[Record], name: str) -> float | None:
   values = (record.get(name) for record in records)
   return next((value for value in values if is_number(value)), None)
+
+
+def _total(records: list[Record], name: str) -> float | None:
+  return total(record.get(name) for record in records)
+
+
+def _median(records: list[Record], name: str) -> float | None:
+  values = [v for record in records if is_number(v := record.get(name))]
+  return statistics.median(values) if values else None

@@ -69,6 +69,14 @@ PANELS = (
     text_entropies=True,
   ),
   Panel(
+    "Worked problems",
+    "Share of held-out problems whose whole worked answer is the model's first"
+    " choice, token by token.",
+    ((r"level/(\d+)/worked_accuracy", r"level \1"),),
+    fraction=True,
+    limits=(0, 1),
+  ),
+  Panel(
     "Balance loss",
     "The sequence-wise term that keeps experts evenly used.",
     ((r"loss/balance", "balance"),),

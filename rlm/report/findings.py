@@ -1,18 +1,22 @@
 """The run's figures in sentences that hold whichever way the figures fall."""
 
+from collections.abc import Sequence
+
 from rlm.report.accuracy import Evaluation, Interval
-from rlm.report.run_folder import inline_label
+from rlm.report.lineage import beyond_note, distilled_pair, rl_pair
+from rlm.report.run_folder import Run, inline_label
+
+Pair = tuple[Evaluation, Evaluation]
 
 
-def rl_pair(
-  evaluations: list[Evaluation],
-) -> tuple[Evaluation, Evaluation] | None:
-  """What RL started from, and RL; None if either was not evaluated."""
-  by_name = {e.name: e for e in evaluations}
-  starts = [by_name[n] for n in ("cold_start", "pretrain") if n in by_name]
-  if "rl" not in by_name or not starts:
+def evaluated_pair(
+  pair: tuple[str, str] | None, evaluations: Sequence[Evaluation]
+) -> Pair | None:
+  """The evaluations of two stages by name."""
+  if pair is None:
     return None
-  return starts[0], by_name["rl"]
+  by_name = {e.name: e for e in evaluations}
+  return by_name[pair[0]], by_name[pair[1]]
 
 
 def points(before: Interval, after: Interval) -> float:
@@ -39,45 +43,49 @@ def change(what: str, before: Interval, after: Interval) -> str:
   )
 
 
-def findings(evaluations: list[Evaluation]) -> list[str]:
+def findings(run: Run, evaluations: Sequence[Evaluation]) -> list[str]:
   """A few sentences, each with its intervals; [] without an evaluation."""
+  names = [e.name for e in evaluations]
   found = []
-  pair = rl_pair(evaluations)
-  if pair is not None:
-    before, after = pair
+  if pair := evaluated_pair(rl_pair(run, names), evaluations):
+    found += _rl_findings(run, pair)
+  if pair := evaluated_pair(distilled_pair(run, names), evaluations):
+    before, after = (e.measures["pass_at_1"] for e in pair)
     found.append(
-      "RL "
-      + change(
-        f"held-out accuracy after {inline_label(before.label)}",
-        before.measures["pass_at_1"],
-        after.measures["pass_at_1"],
-      )
-      + "."
+      "Distillation " + change("the student's accuracy", before, after) + "."
     )
-    given = [e.measures.get("pass_at_1_given_format") for e in pair]
-    if given[0] is not None and given[1] is not None:
-      found.append(
-        "Counting only well-formed answers, which leaves out repair of the"
-        " format, it " + change("accuracy", given[0], given[1]) + "."
-      )
-    for level in sorted(after.beyond):
-      values = [e.level_measure(level, "pass_at_1") for e in pair]
-      if values[0] is not None and values[1] is not None:
-        found.append(
-          f"On level {level}, harder than any training, it "
-          + change("accuracy", values[0], values[1])
-          + "."
-        )
-    lengths = [e.measures.get("response_length") for e in pair]
-    if lengths[0] is not None and lengths[1] is not None:
-      found.append(
-        f"Responses went from {lengths[0].mean:.1f} to"
-        f" {lengths[1].mean:.1f} tokens on average."
-      )
-  by_name = {e.name: e for e in evaluations}
-  if "distill" in by_name:
+  return found
+
+
+def _rl_findings(run: Run, pair: Pair) -> list[str]:
+  before, after = pair
+  found = [
+    "RL "
+    + change(
+      f"held-out accuracy after {inline_label(before.label)}",
+      before.measures["pass_at_1"],
+      after.measures["pass_at_1"],
+    )
+    + "."
+  ]
+  given = [e.measures.get("pass_at_1_given_format") for e in pair]
+  if given[0] is not None and given[1] is not None:
     found.append(
-      "The distilled student answers"
-      f" {by_name['distill'].measures['pass_at_1']} right."
+      "Counting only well-formed answers, which leaves out repair of the"
+      " format, it " + change("accuracy", given[0], given[1]) + "."
+    )
+  for level in sorted(after.beyond):
+    values = [e.level_measure(level, "pass_at_1") for e in pair]
+    if values[0] is not None and values[1] is not None:
+      found.append(
+        f"On level {level} ({beyond_note(level, run)}) it "
+        + change("accuracy", values[0], values[1])
+        + "."
+      )
+  lengths = [e.measures.get("response_length") for e in pair]
+  if lengths[0] is not None and lengths[1] is not None:
+    found.append(
+      f"Responses went from {lengths[0].mean:.1f} to"
+      f" {lengths[1].mean:.1f} tokens on average."
     )
   return found

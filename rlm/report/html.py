@@ -26,6 +26,7 @@ from rlm.report.cost import costs
 from rlm.report.curves import Chart, charts, expert_balance, text_entropies
 from rlm.report.expert_load import heatmaps
 from rlm.report.findings import findings
+from rlm.report.lineage import beyond_note, levels_seen, started_from
 from rlm.report.overview import (
   evaluation_size,
   key_figures,
@@ -41,6 +42,7 @@ from rlm.report.run_folder import (
   flat,
   inline_label,
   read_run,
+  stage_label,
 )
 from rlm.report.traces import compare, samples
 
@@ -78,6 +80,19 @@ def write_report(workdir: Path | str) -> Path:
   run = read_run(workdir)
   with svg.drawing():
     context = _context(run)
+  path = run.path / "report.html"
+  write_page(path, "report.html.jinja", context)
+  return path
+
+
+def write_page(path: Path, template: str, context: dict[str, Any]) -> None:
+  """Fills in a template of this folder, safely, and writes it in one move.
+
+  Args:
+    path: of the page.
+    template: its file's name.
+    context: everything that it names, but for `css`.
+  """
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(_FOLDER),
     autoescape=True,
@@ -88,10 +103,9 @@ def write_report(workdir: Path | str) -> Path:
   environment.filters.update(
     percent=text.percent, seconds=text.seconds, count=text.count
   )
-  page = environment.get_template("report.html.jinja").render(context)
-  path = run.path / "report.html"
+  css = Markup((_FOLDER / "report.css").read_text(encoding="utf-8"))
+  page = environment.get_template(template).render(context, css=css)
   files.write_bytes(path, page.encode("utf-8", "backslashreplace"))
-  return path
 
 
 def _visible(value: Any) -> Any:
@@ -115,23 +129,35 @@ def _context(run: Run) -> dict[str, Any]:
   }
   compared = compare(run)
   stage_costs = costs(run)
-  before_each: list[Evaluation | None] = [None, *rows]  # one longer
+  origin = started_from(run)
+  by_name: dict[str | None, Evaluation] = {row.name: row for row in rows}
   context: dict[str, Any] = {
     "title": run.path.resolve().name,
     "subtitle": subtitle(run),
-    "css": Markup((_FOLDER / "report.css").read_text(encoding="utf-8")),
     "key_figures": key_figures(run, rows, stage_costs),
     "notices": notices(run, rows),
-    "findings": findings(rows),
+    "findings": findings(run, rows),
     "evaluations": rows,
     "evaluation_size": evaluation_size(rows),
     "measures": measure_labels(rows),
     "stage_figure": stage_figure(rows) if rows else "",
-    "levels": [(level, level in beyond) for level in levels],
-    "beyond": listed(beyond),
+    "levels": [
+      (level, beyond_note(level, run) if level in beyond else "")
+      for level in levels
+    ],
+    "has_origin": any(origin.get(row.name) in by_name for row in rows),
+    "seen": [
+      (stage_label(name), listed(seen))
+      for name, seen in levels_seen(run).items()
+    ],
     "level_figures": [
-      Chart(row.label, "", level_figure(row, before, levels), [])
-      for before, row in zip(before_each, rows, strict=False)
+      Chart(
+        row.label,
+        "",
+        level_figure(row, by_name.get(origin.get(row.name)), levels),
+        [],
+      )
+      for row in rows
       if row.levels
     ],
     "comparisons": compared,

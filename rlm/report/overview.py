@@ -5,8 +5,9 @@ from collections.abc import Iterable
 from rlm.report import text
 from rlm.report.accuracy import Evaluation
 from rlm.report.cost import StageCost, total
-from rlm.report.findings import points, rl_pair, signed
-from rlm.report.run_folder import STAGES, Run, inline_label
+from rlm.report.findings import evaluated_pair, points, signed
+from rlm.report.lineage import rl_pair
+from rlm.report.run_folder import Run, inline_label, stage_label
 
 
 def subtitle(run: Run) -> str:
@@ -28,7 +29,7 @@ def key_figures(
 ) -> list[tuple[str, str, str]]:
   """(name, figure, what it means): the run at a glance."""
   found = []
-  if pair := rl_pair(rows):
+  if pair := evaluated_pair(rl_pair(run, [r.name for r in rows]), rows):
     before, after = (e.measures["pass_at_1"] for e in pair)
     found.append(
       (
@@ -74,6 +75,8 @@ def total_cost(run: Run, stage_costs: list[StageCost]) -> StageCost:
     else total(c.seconds for c in stage_costs),
     total(c.tokens for c in stage_costs),
     flops if text.is_number(flops) else total(c.flops for c in stage_costs),
+    None,
+    None,
   )
 
 
@@ -81,7 +84,7 @@ def notices(run: Run, rows: list[Evaluation]) -> list[str]:
   """What is missing or broken, in sentences."""
   found = []
   if run.missing:
-    names = ", ".join(STAGES[name] for name in run.missing)
+    names = ", ".join(stage_label(name) for name in run.missing)
     found.append(f"Not in this folder: {names}.")
   unfinished = [s.label for s in run.stages if not s.summary]
   if unfinished:

@@ -22,7 +22,7 @@ STAGES = {
   "rejection": "Rejection sampling",
   "sft": "SFT",
   "rl_final": "Final RL",
-  "student_pretrain": "Student pretraining",
+  "student_pretrain": "Student base",
   "distill": "Distilled student",
 }
 _NOT_STAGES = {"evaluate", "traces", "tensorboard", "checkpoints"}
@@ -94,10 +94,10 @@ def inline_label(label: str) -> str:
   return label if label[:2].isupper() else label[:1].lower() + label[1:]
 
 
-def stage_order(name: str) -> tuple[int, str]:
-  """Sort key: the recipe's order, then unknown stages by name."""
-  names = list(STAGES)
-  return (names.index(name) if name in STAGES else len(names), name)
+def recipe_order(config: Record) -> list[str]:
+  """The stages of a recipe as its config orders them, else as `STAGES`."""
+  order = config.get("order")
+  return [str(n) for n in order] if isinstance(order, list) else list(STAGES)
 
 
 def read_jsonl(path: Path) -> tuple[list[Record], int]:
@@ -185,20 +185,22 @@ def read_run(workdir: Path | str) -> Run:
   if not path.is_dir():
     raise ValueError(f"No such folder: {path}. Give the run's --workdir.")
   summary = read_json(path / "summary.json")
+  config = read_json(path / "config.json")
+  order = recipe_order(config)
+
+  def place(name: str) -> tuple[int, str]:  # then unknown stages, by name
+    return (order.index(name) if name in order else len(order), name)
+
   folders = sorted(
     (
       p
       for p in path.iterdir()
       if p.is_dir() and p.name not in _NOT_STAGES and _is_run(p)
     ),
-    key=lambda p: stage_order(p.name),
+    key=lambda p: place(p.name),
   )
   evaluations = {
-    p.parent.name: read_json(p)
-    for p in sorted(
-      path.glob("evaluate/*/summary.json"),
-      key=lambda p: stage_order(p.parent.name),
-    )
+    p.parent.name: read_json(p) for p in path.glob("evaluate/*/summary.json")
   }
   is_recipe = bool(folders or evaluations or "stages" in summary)
   if is_recipe:
@@ -207,9 +209,8 @@ def read_run(workdir: Path | str) -> Run:
     for entry in summary_stages(summary):
       if "pass_at_1" in entry:
         evaluations.setdefault(str(entry["name"]), entry)
-    evaluations = dict(
-      sorted(evaluations.items(), key=lambda item: stage_order(item[0]))
-    )
+    names = sorted(evaluations, key=place)
+    evaluations = {name: evaluations[name] for name in names}
     stages = [read_stage(p) for p in folders]
   elif _is_run(path):
     stages = [read_stage(path)]
@@ -228,9 +229,9 @@ def read_run(workdir: Path | str) -> Run:
     stages=stages,
     evaluations=evaluations,
     summary=summary,
-    config=read_json(path / "config.json"),
+    config=config,
     run=read_json(path / "run.json"),
-    missing=[n for n in STAGES if n not in present] if is_recipe else [],
+    missing=[n for n in order if n not in present] if is_recipe else [],
   )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 
+from rlm.report.lineage import rl_pair
 from rlm.report.run_folder import Record, Run, read_traces, stage_label
 from rlm.report.text import shorten
 
@@ -105,13 +106,13 @@ def compare(run: Run) -> Comparisons | None:
       [r for r in records if _step(r) >= middle],
       right,
     )
-  after = next((n for n in ("rl", "rl_final") if n in traces), None)
-  earlier = [n for n in ("cold_start", "pretrain") if n in traces]
-  if after is None or not earlier:
+  pair = rl_pair(run, traces)
+  if pair is None:
     return None
+  before, after = pair
   return _compare(
-    stage_label(earlier[0]),
-    traces[earlier[0]],
+    stage_label(before),
+    traces[before],
     stage_label(after),
     traces[after],
     right,

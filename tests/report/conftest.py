@@ -13,6 +13,7 @@ ACCURACY = {  # stage -> pass@1, and by level 2..6
   "rl": (0.83, 0.95, 0.96, 0.93, 0.92, 0.31),
   "sft": (0.74, 0.92, 0.9, 0.82, 0.75, 0.25),
   "rl_final": (0.85, 0.97, 0.96, 0.95, 0.94, 0.38),
+  "student_pretrain": (0.04, 0.09, 0.05, 0.02, 0.01, 0.0),
   "distill": (0.66, 0.88, 0.85, 0.72, 0.61, 0.12),
 }
 SECONDS = {
@@ -24,6 +25,14 @@ SECONDS = {
   "rl_final": 33.8,
   "student_pretrain": 41.2,
   "distill": 19.0,
+}
+ORIGIN = {
+  "cold_start": "pretrain",
+  "rl": "cold_start",
+  "rejection": "rl",
+  "sft": "pretrain",
+  "rl_final": "sft",
+  "distill": "student_pretrain",
 }
 HOSTILE = (
   "<script>alert('x')</script>\"><img src=https://evil.example/a.png>"
@@ -88,6 +97,8 @@ def pretrain_metrics(rng, steps):
       **loads(rng, step),
     }
     if step % 25 == 0:
+      for k in (2, 3, 4, 5, 6):
+        record[f"level/{k}/worked_accuracy"] = (1 - decay) ** k
       record["heldout/stdlib/bits_per_byte"] = 3.1 + 3.4 * decay
     yield record
 
@@ -156,18 +167,44 @@ def trace(stage, i, correct, completion=None, **changes):
   return record | changes
 
 
+def stage_config(root: Path, name):
+  """The keys that the report reads, of a stage's config.json."""
+  config = {"stage": name, "seed": 0, "model": {"hidden_size": 64}}
+  if name in ORIGIN:
+    config["init_from"] = str(root / ORIGIN[name])
+  if name in ("rl", "rl_final"):
+    config["curriculum"] = {"levels": [2, 3, 4, 5], "start_level": 3}
+  elif name == "rejection":
+    config["rejection"] = {"levels": [2, 3, 4, 5]}
+  elif name in ("sft", "distill"):
+    path = str(root / "rejection" / "messages.jsonl")
+    config["data"] = {"sources": {"traces": {"path": path}}}
+  else:
+    levels = [2, 3] if name == "cold_start" else [2, 3, 4, 5, 6, 6]
+    config["data"] = {"sources": {"columns": {"levels": levels}, "stdlib": {}}}
+  return config
+
+
 def write_stage(path: Path, name, records):
   write_jsonl(path / "metrics.jsonl", records)
   write_jsonl(
     path / "timing.jsonl",
-    [{"step": r["step"], "seconds": 0.25} for r in records],
+    [
+      {
+        "step": r["step"],
+        "seconds": 0.25,
+        "tokens_per_second": 16384.0,
+        "mfu": 0.213,
+      }
+      for r in records
+    ],
   )
-  write_json(path / "config.json", {"seed": 0, "model": {"hidden_size": 64}})
+  write_json(path / "config.json", stage_config(path.parent, name))
   write_json(
     path / "run.json",
     {"versions": {"jax": "0.10.2"}, "commit": "0123456789abcdef"},
   )
-  summary = {"stage": name, "seconds": SECONDS[name]}
+  summary = {"stage": name, "seconds": SECONDS[name], "flops": 2.5e12}
   if name == "pretrain":
     summary["heldout"] = {
       "stdlib": {
@@ -224,7 +261,7 @@ def write_recipe(root: Path, *, steps=120) -> Path:
       "seed": 0,
       "seconds_total": 512.3,
       "rl_gain_points": 47.0,
-      "distill": {"pass_at_1": measure(0.66)},
+      "distill": {"before": measure(0.04), "after": measure(0.66)},
       "model": {"total": 214_000, "activated": 121_000},
       "flops": 1.43e13,
     },
@@ -233,8 +270,10 @@ def write_recipe(root: Path, *, steps=120) -> Path:
     root / "config.json",
     {
       "seed": 0,
-      "rl": {"objective": "dapo", "steps": 120, "clip": [0.2, 0.28]},
-      "model": {"hidden_size": 64, "num_hidden_layers": 3},
+      "models": {"model": {"hidden_size": 64, "num_hidden_layers": 3}},
+      "order": list(SECONDS),
+      "rl_gain": ["cold_start", "rl"],
+      "distilled": ["student_pretrain", "distill"],
     },
   )
   write_json(

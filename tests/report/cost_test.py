@@ -11,7 +11,7 @@ def test_costs_come_from_the_recipes_summary(recipe):
   assert list(found)[:3] == ["Pretraining", "Cold start", "RL"]
   assert found["RL"].seconds == 131.0
   assert found["RL"].tokens == 131_000 * 21
-  assert found["RL"].flops is None
+  assert found["RL"].flops == 2.5e12
 
 
 def test_a_running_stage_is_costed_by_its_records(recipe):
@@ -22,9 +22,12 @@ def test_a_running_stage_is_costed_by_its_records(recipe):
   assert found["RL"].tokens == 120 * 256 * 40
 
 
-def test_flops_by_stage_are_understood(recipe):
-  path = recipe / "summary.json"
-  summary = json.loads(path.read_text()) | {"flops": {"rl": 2e12}}
-  path.write_text(json.dumps(summary))
-  found = {cost.label: cost.flops for cost in costs(read_run(recipe))}
-  assert found["RL"] == 2e12 and found["SFT"] is None
+def test_throughput_is_the_median_over_steps(recipe):
+  path = recipe / "rl" / "timing.jsonl"
+  speeds = [{"step": 0, "seconds": 60, "tokens_per_second": 1}]  # compiling
+  speeds += [{"step": s, "tokens_per_second": 900 + s} for s in (1, 2)]
+  path.write_text("".join(json.dumps(s) + "\n" for s in speeds))
+  found = {cost.label: cost for cost in costs(read_run(recipe))}
+  assert found["RL"].tokens_per_second == 901
+  assert found["RL"].mfu is None
+  assert found["SFT"].mfu == 0.213

@@ -23,6 +23,7 @@ def test_a_recipe_is_read_in_the_order_in_which_it_ran(recipe):
     "rl",
     "sft",
     "rl_final",
+    "student_pretrain",
     "distill",
   ]
   assert run.missing == []
@@ -38,6 +39,15 @@ def test_a_partial_recipe_names_what_is_missing(recipe):
   run = read_run(recipe)
   assert run.missing == ["rl_final", "distill"]
   assert "rl_final" not in run.evaluations
+
+
+def test_a_config_may_order_and_name_other_stages(recipe):
+  config = {"order": ["warmup", "distill", "rl"]}
+  (recipe / "config.json").write_text(json.dumps(config))
+  run = read_run(recipe)
+  assert [s.name for s in run.stages][:3] == ["distill", "rl", "cold_start"]
+  assert list(run.evaluations)[:2] == ["distill", "rl"]
+  assert run.missing == ["warmup"]
 
 
 def test_the_summary_stands_in_for_evaluations(recipe):

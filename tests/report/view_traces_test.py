@@ -58,7 +58,7 @@ def test_one_stage_or_one_file(view, recipe):
 def test_nothing_matches_or_nothing_is_there(view, tmp_path):
   status, _, err = view("--stage", "RL")
   assert status == 1
-  assert "None of 240 traces matches" in err and "rl_final" in err
+  assert "None of 280 traces matches" in err and "rl_final" in err
   status, _, err = view(path=tmp_path)
   assert status == 1 and "holds no traces" in err
 
@@ -76,4 +76,4 @@ def test_as_a_command(recipe):
     timeout=60,
   )
   assert done.returncode == 0, done.stderr
-  assert b"1 of 240 that match" in done.stdout
+  assert b"1 of 280 that match" in done.stdout
