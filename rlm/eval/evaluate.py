@@ -6,7 +6,7 @@ Sampling (`sample_problems`) is apart from what is made of it (`summarise`,
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -14,6 +14,7 @@ import numpy as np
 
 from rlm.data.chat import encode_prompt
 from rlm.data.tokenizer import Tokenizer
+from rlm.eval.config import EvaluationConfig
 from rlm.eval.pass_at_k import (
   Interval,
   bootstrap_interval,
@@ -36,68 +37,6 @@ class Scorer(Protocol):
 
   def score(self, problem: Problem, text: str, finished: bool) -> Scored:
     """The verdict on one completion's text."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationConfig:
-  """What is asked, how often, and how it is summed up.
-
-  Attributes:
-    seed: of the problems and of the sampling.
-    levels: levels to ask.
-    levels_trained: levels that training drew; the headline is over these of
-      `levels`, so that stages compare, and harder ones are listed as beyond.
-    problems_per_level: distinct held-out problems of each level.
-    samples_per_problem: n.
-    ks: the k of pass@k and maj@k, each at most n.
-    bootstrap_resamples: draws behind an interval; 2000 settles two digits.
-    traces_per_level: problems of each level whose samples are written down.
-    samples_per_trace: how many samples of each of those.
-  """
-
-  seed: int
-  levels: tuple[int, ...]
-  levels_trained: tuple[int, ...]
-  problems_per_level: int
-  samples_per_problem: int
-  ks: tuple[int, ...]
-  bootstrap_resamples: int
-  traces_per_level: int
-  samples_per_trace: int
-
-  def __post_init__(self):
-    if not set(self.levels) & set(self.levels_trained):
-      raise ValueError(
-        f"levels={self.levels} and levels_trained={self.levels_trained} have"
-        " none in common, so there is no headline. Evaluate a level that"
-        " training drew."
-      )
-    if len(set(self.levels)) != len(self.levels):
-      raise ValueError(f"levels={self.levels} names a level twice.")
-    for name in (
-      "problems_per_level",
-      "samples_per_problem",
-      "bootstrap_resamples",
-    ):
-      if getattr(self, name) < 1:
-        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
-    if not self.ks or not 1 <= min(self.ks) <= max(self.ks):
-      raise ValueError(f"ks={self.ks} must hold numbers of 1 or more.")
-    if max(self.ks) > self.samples_per_problem:
-      raise ValueError(
-        f"pass@{max(self.ks)} needs at least {max(self.ks)} samples per"
-        f" problem, got samples_per_problem={self.samples_per_problem}."
-      )
-    if not 0 <= self.traces_per_level <= self.problems_per_level:
-      raise ValueError(
-        f"traces_per_level={self.traces_per_level} must lie within 0 and"
-        f" problems_per_level={self.problems_per_level}."
-      )
-    if not 0 <= self.samples_per_trace <= self.samples_per_problem:
-      raise ValueError(
-        f"samples_per_trace={self.samples_per_trace} must lie within 0 and"
-        f" samples_per_problem={self.samples_per_problem}."
-      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +147,70 @@ def sample_problems(
     scores=scores,
     lengths=np.asarray(drawn.lengths, np.int32).reshape(-1, n),
     finished=np.asarray(drawn.finished, bool).reshape(-1, n),
+  )
+
+
+def evaluate(
+  sampler: Sampler,
+  variables: Any,
+  task: Task,
+  tokenizer: Tokenizer,
+  scorer: Scorer,
+  cfg: EvaluationConfig,
+  *,
+  stage: str,
+  step: int,
+  on_level: Callable[[int], None] = lambda levels_done: None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+  """Draws held-out problems, samples, scores and sums up, level by level.
+
+  Takes a sampler, so that many weights can be evaluated with one compilation.
+
+  Args:
+    sampler: draws.
+    variables: of the model.
+    task: the family.
+    tokenizer: encodes prompts, decodes completions.
+    scorer: judges texts.
+    cfg: what is asked.
+    stage: whose weights these are.
+    step: updates made to them.
+    on_level: told how many levels are done.
+
+  Returns:
+    The summary of `summarise` and the lines of `trace_records`; pure functions
+    of the arguments.
+
+  Raises:
+    ValueError: see `heldout_problems` and `sample_problems`.
+  """
+  problems = heldout_problems(task, cfg)
+  key = jax.random.key(cfg.seed)
+  parts = []
+  for done, level in enumerate(cfg.levels, start=1):
+    parts.append(
+      sample_problems(
+        sampler,
+        variables,
+        task,
+        [p for p in problems if p.level == level],
+        tokenizer,
+        scorer,
+        jax.random.fold_in(key, level),
+        samples_per_problem=cfg.samples_per_problem,
+      )
+    )
+    on_level(done)
+  samples = Samples(
+    problems=problems,
+    texts=[row for part in parts for row in part.texts],
+    scores=[row for part in parts for row in part.scores],
+    lengths=np.concatenate([part.lengths for part in parts]),
+    finished=np.concatenate([part.finished for part in parts]),
+  )
+  return (
+    summarise(samples, cfg, stage),
+    trace_records(samples, cfg, stage, step),
   )
 
 

@@ -126,11 +126,7 @@ def make_rl_loss(
       "sampler_diff/max": diff.max(),
     }
     metrics = jax.lax.stop_gradient(metrics)
-    mtp_load = jnp.zeros(
-      (model.cfg.num_nextn_predict_layers, routing.expert_load.shape[1]),
-      jnp.float32,
-    )
-    return loss, Aux(metrics, routing.expert_load, mtp_load)
+    return loss, Aux(metrics, routing.expert_load, None)
 
   return loss_fn
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm.rl.advantages import ADVANTAGES
+from rlm.rl.config import ObjectiveConfig
 
 # exp() of a float32 overflows at 88, and the log-ratio of a whole output is a
 # sum over its tokens that may well pass it; inf then turns gradients to NaN.
@@ -108,44 +109,14 @@ OBJECTIVES = {
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
-  """A row by name, and what the run changes of it.
-
-  Attributes:
-    name: a row of `OBJECTIVES`.
-    advantage_eps: added to the std of rewards; ours, no paper states it.
-    clip_low: None for the row's own; likewise the next two.
-    clip_high: see `Objective`.
-    kl_weight: see `Objective`.
-  """
-
-  name: Literal["grpo", "grpo_r1", "dr_grpo", "dapo"]
-  advantage_eps: float
-  clip_low: float | None
-  clip_high: float | None
-  kl_weight: float | None
-
-  def __post_init__(self):
-    for key in ("clip_low", "clip_high", "kl_weight"):
-      value = getattr(self, key)
-      if value is not None and value < 0:
-        raise ValueError(f"{key}={value} is negative. Make it 0 or more.")
-    if self.advantage_eps <= 0:
-      raise ValueError(
-        f"advantage_eps={self.advantage_eps} divides by zero when all rewards"
-        " of a group tie. Make it positive, such as 1e-4."
-      )
-
-  @property
-  def objective(self) -> Objective:
-    """The row with this run's changes."""
-    changes = {
-      key: getattr(self, key)
-      for key in ("clip_low", "clip_high", "kl_weight")
-      if getattr(self, key) is not None
-    }
-    return dataclasses.replace(OBJECTIVES[self.name], **changes)
+def make_objective(cfg: ObjectiveConfig) -> Objective:
+  """The row that a config names, with the config's changes."""
+  changes = {
+    key: getattr(cfg, key)
+    for key in ("clip_low", "clip_high", "kl_weight")
+    if getattr(cfg, key) is not None
+  }
+  return dataclasses.replace(OBJECTIVES[cfg.name], **changes)
 
 
 def token_weights(

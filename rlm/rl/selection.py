@@ -5,66 +5,12 @@ backward pass and give no gradient.  DAPO resamples them; here a fixed number
 of the other rows is kept, so that every update has one shape.
 """
 
-import dataclasses
-from typing import Literal
-
 import jax
 import numpy as np
 
+from rlm.rl.config import SelectionConfig
 from rlm.rl.objectives import Objective, token_weights
 from rlm.rl.rollout import Rollout
-
-
-@dataclasses.dataclass(frozen=True)
-class SelectionConfig:
-  """How a rollout becomes updates.
-
-  Attributes:
-    rows: "all" learns from every completion, as R1; "untied" only from groups
-      whose rewards differ, which also leaves tied groups out of the averages
-      and of the KL, as DAPO.
-    rows_per_rollout: rows of all minibatches together; with "all" it must be
-      the whole rollout, with "untied" it is the most that are kept.
-    num_minibatches: updates per rollout, over a random split of its rows.
-  """
-
-  rows: Literal["all", "untied"]
-  rows_per_rollout: int
-  num_minibatches: int
-
-  def __post_init__(self):
-    if self.num_minibatches < 1 or self.rows_per_rollout < 1:
-      raise ValueError(
-        f"{self.rows_per_rollout=} and {self.num_minibatches=} must be at"
-        " least 1."
-      )
-    if self.rows_per_rollout % self.num_minibatches:
-      raise ValueError(
-        f"{self.rows_per_rollout=} does not split into"
-        f" {self.num_minibatches=}. Make it a multiple."
-      )
-
-  @property
-  def rows_per_minibatch(self) -> int:
-    return self.rows_per_rollout // self.num_minibatches
-
-  def check(self, prompts: int, group_size: int) -> None:
-    """Raises ValueError if a rollout of this size cannot be used so."""
-    rows = prompts * group_size
-    if group_size < 2:
-      raise ValueError(
-        f"{group_size=} leaves nothing to compare a completion with. Make it"
-        " at least 2."
-      )
-    if self.rows_per_rollout > rows or (
-      self.rows == "all" and self.rows_per_rollout != rows
-    ):
-      raise ValueError(
-        f"selection.rows={self.rows!r} cannot take rows_per_rollout="
-        f"{self.rows_per_rollout} of a rollout of {rows} ({prompts} prompts"
-        f" x {group_size} completions). Set rows_per_rollout={rows}"
-        + (", or rows='untied' with fewer." if self.rows == "all" else ".")
-      )
 
 
 def split_rows(

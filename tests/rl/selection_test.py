@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rlm.rl.config import SelectionConfig
 from rlm.rl.objectives import OBJECTIVES
-from rlm.rl.selection import SelectionConfig, make_minibatch, split_rows
+from rlm.rl.selection import make_minibatch, split_rows
 from tests.rl.reciter import right, wrong
 from tests.rl.rollout_test import recite
 
@@ -18,7 +19,7 @@ from tests.rl.rollout_test import recite
 )
 def test_split(tied, which, sizes, seed):
   rows, minibatches = sizes
-  cfg = SelectionConfig(which, rows, minibatches)
+  cfg = SelectionConfig(which, rows, minibatches, 1)
   key = jax.random.key(seed)
   split = split_rows(cfg, np.array(tied), 3, key)
   chosen = np.concatenate([np.zeros(0, int), *split])
@@ -34,7 +35,7 @@ def test_split(tied, which, sizes, seed):
 
 
 def test_the_split_is_random_in_its_key():
-  cfg = SelectionConfig("all", 12, 2)
+  cfg = SelectionConfig("all", 12, 2, 3)
   splits = {
     tuple(split_rows(cfg, np.zeros(4, bool), 3, jax.random.key(i))[0])
     for i in range(5)
@@ -43,7 +44,7 @@ def test_the_split_is_random_in_its_key():
 
 
 def test_no_signal_no_update():
-  cfg = SelectionConfig("untied", 6, 2)
+  cfg = SelectionConfig("untied", 6, 2, 3)
   assert split_rows(cfg, np.ones(4, bool), 3, jax.random.key(0)) == []
 
 
@@ -59,14 +60,16 @@ def test_no_signal_no_update():
 )
 def test_sizes_that_do_not_fit_a_rollout(cfg, error):
   with pytest.raises(ValueError, match=error):
-    SelectionConfig(*cfg).check(4, 4)
+    SelectionConfig(*cfg, 1).check(4, 4)
 
 
 def test_sizes_that_do_not_fit_each_other():
-  with pytest.raises(ValueError, match=r"rows_per_rollout=10 does not split"):
-    SelectionConfig("untied", 10, 4)
+  with pytest.raises(ValueError, match=r"rows_per_rollout=12 does not split"):
+    SelectionConfig("untied", 12, 2, 4)
+  with pytest.raises(ValueError, match=r"num_minibatches=0 .* at least 1"):
+    SelectionConfig("untied", 12, 0, 4)
   with pytest.raises(ValueError, match=r"group_size=1 leaves nothing"):
-    SelectionConfig("untied", 4, 1).check(4, 1)
+    SelectionConfig("untied", 4, 1, 1).check(4, 1)
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)

@@ -1,0 +1,135 @@
+"""Evaluates a run's final weights on held-out problems, by rule.
+
+  CONFIG=configs/evaluate/laptop.py
+  python -m experiments.evaluate --config=$CONFIG --workdir=runs/evaluated
+
+Model and tokenizer are those of the run that `init_from` names.  The folder
+gets summary.json (pass@1, pass@k, maj@k, accuracy given format, correctness of
+the steps, each with a 95% interval over problems, overall and by level) and
+traces/STAGE.jsonl.  A killed evaluation starts over and gives the same figures.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+from experiments import launch
+from rlm import files
+from rlm.config import build
+from rlm.eval.config import EvaluationConfig
+from rlm.models.config import ModelConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The keys of configs/evaluate/*.py.
+
+  Attributes:
+    init_from: folder of the run whose final weights are evaluated.
+    stage: its name in summary and traces.
+    task: see rlm/tasks/registry.py; the heldout_fraction must be training's.
+    evaluation: see EvaluationConfig.
+    sampling: see SamplingConfig.
+    slots: completions decoded together.
+    prompt_length: room for a prompt in tokens, chat markers included.
+  """
+
+  init_from: str
+  stage: str
+  task: dict
+  evaluation: EvaluationConfig
+  sampling: dict
+  slots: int
+  prompt_length: int
+
+
+def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
+  """Evaluates, unless `workdir` holds the result; returns the summary."""
+  from rlm.checkpoint.manager import restore_part
+  from rlm.data.tokenizer import load_tokenizer
+  from rlm.eval.evaluate import evaluate, heldout_problems
+  from rlm.jsonl import JsonlWriter
+  from rlm.models.transformer import Transformer
+  from rlm.progress import Progress
+  from rlm.rewards.registry import REWARDS, Scorer
+  from rlm.sampling.sampler import Sampler, SamplingConfig
+  from rlm.tasks.registry import make_task
+  from rlm.workdir import open_workdir
+
+  # --- Config and model ------------------------------------------------------
+  cfg = build(Config, c)
+  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
+  if sampling.stop_tokens:
+    raise ValueError(
+      f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
+      " end a completion that is scored. Leave it empty."
+    )
+  task = make_task(cfg.task)
+  heldout_problems(task, cfg.evaluation)  # that there are so many, is seen now
+  tokenizer_name, model_cfg = model_of(cfg.init_from)
+  tokenizer = load_tokenizer(tokenizer_name)
+  sampler = Sampler(
+    Transformer(model_cfg),
+    sampling,
+    slots=cfg.slots,
+    prompt_length=cfg.prompt_length,
+    eos_token=tokenizer.eos_id,
+    pad_token=tokenizer.pad_id,
+  )
+  folder = open_workdir(workdir, c)
+  if folder.summary is not None:
+    folder.say_finished(console)
+    return folder.summary
+
+  # --- Sample, score, sum up -------------------------------------------------
+  began = time.monotonic()
+  checkpoints = pathlib.Path(cfg.init_from) / "checkpoints"
+  step = int(restore_part(checkpoints, "step"))
+  levels = len(cfg.evaluation.levels)
+  with Progress(console, f"evaluate {cfg.stage}", levels) as bar:
+    summary, records = evaluate(
+      sampler,
+      restore_part(checkpoints, "variables"),
+      task,
+      tokenizer,
+      Scorer(task, dict.fromkeys(REWARDS, 1.0)),
+      cfg.evaluation,
+      stage=cfg.stage,
+      step=step,
+      on_level=bar.update,
+    )
+  path = folder.path / "traces" / f"{cfg.stage}.jsonl"
+  path.unlink(missing_ok=True)  # of an evaluation that was killed
+  with JsonlWriter(path, next_step=0) as traces:
+    for record in records:
+      traces.write(record)
+    traces.flush()
+  return folder.finish(summary | {"seconds": time.monotonic() - began})
+
+
+def model_of(run_folder: str) -> tuple[str, ModelConfig]:
+  """Tokenizer and model that a run was configured with.
+
+  Raises:
+    ValueError: `run_folder` is no run of a model.
+  """
+  path = pathlib.Path(run_folder) / "config.json"
+  if not path.is_file():
+    raise ValueError(
+      f"config.init_from={run_folder!r}: there is no {path}. Name the folder"
+      " (--workdir) of a training run."
+    )
+  config = files.read_json(path)
+  missing = [key for key in ("tokenizer", "model") if key not in config]
+  if missing:
+    raise ValueError(
+      f"config.init_from={run_folder!r}: {path} has no"
+      f" {' and no '.join(missing)}, so it is no training run. Name the folder"
+      " of one."
+    )
+  return config["tokenizer"], build(ModelConfig, config["model"], "model")
+
+
+if __name__ == "__main__":
+  launch.main(run, __doc__)

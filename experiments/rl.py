@@ -1,0 +1,375 @@
+"""Reinforcement learning with verifiable rewards: the R1 loop.
+
+  python -m experiments.rl --config=configs/rl/laptop.py --workdir=runs/rl
+
+A step draws problems at the levels of the curriculum, samples a group of
+completions of each, scores them by rule, turns rewards into group advantages
+and updates the policy, once or in several minibatches.  `init_from` names the
+folder of the run whose final weights it starts from: a cold start for R1, a
+base model for R1-Zero, None for random weights.
+
+The folder then holds metrics.jsonl, traces/STAGE.jsonl and checkpoints; the
+same command continues it, to the bit.
+"""
+
+import dataclasses
+import time
+from typing import Any, Literal
+
+from experiments import launch
+from rlm.config import build
+from rlm.models.config import ModelConfig
+from rlm.optim.config import OptimizerConfig, ScheduleConfig
+from rlm.rl.config import ObjectiveConfig, SelectionConfig
+from rlm.rl.curriculum import CurriculumConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The keys of configs/rl/*.py.
+
+  Attributes:
+    stage: name of the run in its traces.
+    seed: of problems, sampling and (without init_from) weights.
+    steps: rollouts.
+    init_from: folder of a run, or None.
+    tokenizer: "bytes", or a folder with tokenizer.json.
+    model: see ModelConfig; must be that of init_from.
+    task: see rlm/tasks/registry.py.
+    curriculum: see CurriculumConfig.
+    prompts_per_step: P.
+    group_size: G, completions per prompt.
+    rewards: name -> weight; see rlm/rewards/registry.py.
+    sampling: see SamplingConfig; without filters, so that log-probs are those
+      of the whole distribution.
+    slots: completions decoded together.
+    prompt_length: room for a prompt in tokens, chat markers included.
+    replay_routes: train along the sampler's expert routes.
+    objective: see ObjectiveConfig.
+    selection: see SelectionConfig.
+    optimizer: see OptimizerConfig.
+    schedule: see ScheduleConfig; over updates, not rollouts.
+    bias_update_rate: of the expert bias; 0 freezes it.
+    reference_every_steps: rollouts after which the policy becomes the KL's
+      reference; 0 never.
+    monitor_kl: hold the reference and log `kl` at the diagnostics steps even
+      where kl_weight is 0.
+    diagnostics_every_steps: steps between measurements of route_flip_rate and
+      mtp_acceptance, which cost a forward pass; 0 never.
+    traces_every_steps: steps between recorded completions; 0 never.
+    traces_per_step: how many of them, each of another prompt.
+    checkpoint_every_steps: steps between checkpoints.
+    keep_checkpoints: the newest so many are kept.
+    on_nonfinite: "stop" (and save the batch) or "skip" the update.
+  """
+
+  stage: str
+  seed: int
+  steps: int
+  init_from: str | None
+  tokenizer: str
+  model: ModelConfig
+  task: dict
+  curriculum: CurriculumConfig
+  prompts_per_step: int
+  group_size: int
+  rewards: dict[str, float]
+  sampling: dict
+  slots: int
+  prompt_length: int
+  replay_routes: bool
+  objective: ObjectiveConfig
+  selection: SelectionConfig
+  optimizer: OptimizerConfig
+  schedule: ScheduleConfig
+  bias_update_rate: float
+  reference_every_steps: int
+  monitor_kl: bool
+  diagnostics_every_steps: int
+  traces_every_steps: int
+  traces_per_step: int
+  checkpoint_every_steps: int
+  keep_checkpoints: int
+  on_nonfinite: Literal["stop", "skip"]
+
+  def __post_init__(self):
+    for name in ("steps", "prompts_per_step"):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if not 0 <= self.traces_per_step <= self.prompts_per_step:
+      raise ValueError(
+        f"traces_per_step={self.traces_per_step} must lie within 0 and"
+        f" prompts_per_step={self.prompts_per_step}."
+      )
+    self.selection.check(self.prompts_per_step, self.group_size)
+
+
+# A run may go on with other values of these, as they change no result; of
+# `init_from` the place may change, not the weights.
+MAY_CHANGE = ("init_from", "checkpoint_every_steps", "keep_checkpoints")
+
+
+def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
+  """Trains, or continues the run in `workdir`; returns its summary."""
+  import jax
+  import numpy as np
+
+  from rlm import flops
+  from rlm.checkpoint import initial
+  from rlm.checkpoint.manager import CheckpointManager
+  from rlm.data.tokenizer import load_tokenizer
+  from rlm.eval.evaluate import trace_record
+  from rlm.jsonl import JsonlWriter, read_jsonl
+  from rlm.metrics import MetricsWriter, is_due
+  from rlm.models.transformer import Transformer
+  from rlm.optim.optimizer import make_optimizer
+  from rlm.optim.schedule import make_schedule
+  from rlm.progress import Progress
+  from rlm.rewards.registry import Scorer
+  from rlm.rl import curriculum as curricula
+  from rlm.rl.advantages import advantages_of, tied_groups
+  from rlm.rl.learner import Learner
+  from rlm.rl.loss import freeze
+  from rlm.rl.metrics import level_success, rollout_metrics
+  from rlm.rl.objectives import make_objective
+  from rlm.rl.rollout import collect
+  from rlm.rl.selection import make_minibatch, split_rows
+  from rlm.rl.state import RLState, copy_variables
+  from rlm.sampling.sampler import Sampler, SamplingConfig
+  from rlm.stopping import Stopped, catch_signals
+  from rlm.tasks.registry import make_task
+  from rlm.train import init_state
+  from rlm.workdir import open_workdir
+
+  # --- Config: every mistake is met here, before anything is compiled. -------
+  cfg = build(Config, c)
+  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
+  check_sampling(sampling)
+  task = make_task(cfg.task)
+  task.check_levels(cfg.curriculum.levels, "config.curriculum.levels")
+  scorer = Scorer(task, cfg.rewards)
+  tokenizer = load_tokenizer(cfg.tokenizer)
+  check_vocabulary(cfg.model, tokenizer)
+  model = Transformer(cfg.model)
+  sampler = Sampler(
+    model,
+    sampling,
+    slots=cfg.slots,
+    prompt_length=cfg.prompt_length,
+    eos_token=tokenizer.eos_id,
+    pad_token=tokenizer.pad_id,
+  )
+  folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
+  if folder.summary is not None:
+    folder.say_finished(console)
+    return folder.summary
+
+  # --- State: the policy, and the reference where something needs it. --------
+  init_key, rl_key = jax.random.split(jax.random.key(cfg.seed))
+  objective = make_objective(cfg.objective)
+  tx = freeze(make_optimizer(cfg.optimizer))
+  learner = Learner(
+    model,
+    objective,
+    cfg.selection,
+    tx=tx,
+    schedule=make_schedule(cfg.schedule),
+    temperature=sampling.temperature,
+    replay_routes=cfg.replay_routes,
+    bias_update_rate=cfg.bias_update_rate,
+    skip_nonfinite=cfg.on_nonfinite == "skip",
+  )
+
+  def start_state(variables):
+    needed = objective.kl_weight > 0 or cfg.monitor_kl
+    reference = copy_variables(variables) if needed else None
+    return RLState.of(init_state(variables, tx, ema_decay=None), reference)
+
+  def minibatch(rollout, advantages, rows):
+    return make_minibatch(
+      rollout,
+      advantages,
+      rows,
+      objective,
+      num_rows=cfg.selection.rows_per_minibatch,
+      max_new_tokens=sampling.max_new_tokens,
+    )
+
+  # --- The loop --------------------------------------------------------------
+  with (
+    CheckpointManager(
+      folder.path / "checkpoints",
+      keep=cfg.keep_checkpoints,
+      config=folder.identity,
+    ) as manager,
+    catch_signals() as stop,
+  ):
+    template = jax.eval_shape(start_state, initial.shapes(model))
+    if (saved := manager.restore(template)) is not None:
+      start, state, extra = saved
+      curriculum = extra["curriculum"]
+    else:
+      variables = initial.initial_variables(model, cfg.init_from, init_key)
+      if cfg.init_from is not None:
+        folder.record_input("init_from", initial.digest(variables))
+      start, state = 0, jax.jit(start_state)(variables)
+      curriculum = curricula.initial_state(cfg.curriculum)
+    policy, reference = state.policy, state.reference
+    with (
+      MetricsWriter(
+        folder.path, next_step=start, on_nonfinite=cfg.on_nonfinite
+      ) as log,
+      JsonlWriter(
+        folder.path / "traces" / f"{cfg.stage}.jsonl", next_step=start
+      ) as traces,
+      Progress(console, cfg.stage, cfg.steps, done=start) as bar,
+    ):
+      for step in range(start, cfg.steps):
+        began = time.monotonic()
+        sample_key, split_key, train_key = jax.random.split(
+          jax.random.fold_in(rl_key, step), 3
+        )
+        levels = curricula.levels_for_step(
+          cfg.curriculum, curriculum, cfg.seed, step, cfg.prompts_per_step
+        )
+        first = step * cfg.prompts_per_step
+        problems = [
+          task.problem(cfg.seed, first + i, level, "train")
+          for i, level in enumerate(levels)
+        ]
+
+        # Generate and reward.
+        rollout = collect(
+          sampler,
+          policy.variables,
+          problems,
+          tokenizer,
+          scorer,
+          sample_key,
+          group_size=cfg.group_size,
+          row_length=sampler.capacity,
+          weight_version=int(policy.step),
+        )
+        generated = time.monotonic()
+        metrics: dict[str, Any] = {"curriculum/level": curriculum["top_level"]}
+        if is_due(step, cfg.diagnostics_every_steps):
+          rows = np.arange(cfg.selection.rows_per_minibatch)
+          batch = minibatch(rollout, np.zeros_like(rollout.rewards), rows)
+          metrics |= learner.diagnose(policy.variables, reference, batch)
+
+        # Advantages.
+        tied = np.asarray(tied_groups(rollout.rewards, cfg.group_size))
+        advantages = advantages_of(
+          objective.advantage,
+          rollout.rewards,
+          cfg.group_size,
+          eps=cfg.objective.advantage_eps,
+        )
+        batches = [
+          minibatch(rollout, advantages, rows)
+          for rows in split_rows(cfg.selection, tied, cfg.group_size, split_key)
+        ]
+
+        # Update.
+        policy, reported = learner.update(policy, reference, batches, train_key)
+        metrics |= rollout_metrics(rollout, tied) | reported
+        metrics["trained_tokens"] = sum(
+          int(batch["segment_ids"].sum()) for batch in batches
+        )
+        curriculum = curricula.update(
+          cfg.curriculum, curriculum, level_success(rollout)
+        )
+        if reference is not None and is_due(step, cfg.reference_every_steps):
+          reference = copy_variables(policy.variables)
+
+        log.push(
+          step,
+          metrics,
+          tokens=metrics["tokens"],
+          timing={
+            "generate_seconds": generated - began,
+            "update_seconds": time.monotonic() - generated,
+          },
+          batch=batches,
+        )
+        bar.update(
+          step + 1, **log.figures("reward/mean", "accuracy", "curriculum/level")
+        )
+        if is_due(step, cfg.traces_every_steps):
+          for i in range(cfg.traces_per_step):
+            row = i * cfg.group_size
+            traces.write(
+              trace_record(
+                cfg.stage,
+                step,
+                rollout.problems[row],
+                rollout.texts[row],
+                rollout.scores[row],
+                rollout.finished[row],
+              )
+            )
+        last = step + 1 == cfg.steps
+        if is_due(step, cfg.checkpoint_every_steps) or last or stop.requested:
+          with log.paused():
+            log.flush()  # finite, or it raises: a bad step is never saved
+            traces.flush()
+            manager.save(
+              step + 1,
+              RLState.of(policy, reference),
+              {"curriculum": curriculum},
+            )
+        if stop.requested and not last:
+          raise Stopped(cfg.stage, step + 1)
+      seconds = log.total_seconds
+
+  records = read_jsonl(folder.path / "metrics.jsonl")
+  tokens = sum(record["tokens"] for record in records)
+  trained = sum(record["trained_tokens"] for record in records)
+  # Half a row stands before a token on average; prompts cost a little less.
+  sample_flops = flops.decode_flops_per_token(cfg.model, sampler.capacity / 2)
+  train_flops = flops.train_flops_per_token(
+    cfg.model, sampler.capacity, mtp=False
+  )
+  counts = flops.count_parameters(cfg.model)
+  return folder.finish(
+    {
+      "stage": cfg.stage,
+      "steps": cfg.steps,
+      "seconds": seconds,
+      "tokens": tokens,
+      "trained_tokens": trained,
+      "updates": int(policy.step),
+      "flops": tokens * sample_flops + trained * train_flops,
+      "model": {"total": counts.total, "activated": counts.activated},
+      "curriculum": curriculum,
+    }
+  )
+
+
+def check_sampling(sampling: Any) -> None:
+  """Raises ValueError unless the trainer can reproduce the distribution."""
+  if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1:
+    raise ValueError(
+      "config.sampling: RL needs temperature > 0, top_k=0 and top_p=1, got"
+      f" temperature={sampling.temperature}, top_k={sampling.top_k} and"
+      f" top_p={sampling.top_p}: the trainer's log-probs are of the whole"
+      " distribution."
+    )
+  if sampling.stop_tokens:
+    raise ValueError(
+      f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
+      " end a rewarded completion. Leave it empty."
+    )
+
+
+def check_vocabulary(model: ModelConfig, tokenizer: Any) -> None:
+  """Raises ValueError unless model and tokenizer use the same ids."""
+  if model.n_vocab_used != tokenizer.n_vocab_used:
+    raise ValueError(
+      f"config.model.n_vocab_used={model.n_vocab_used}, but {tokenizer!r} uses"
+      f" {tokenizer.n_vocab_used} ids. Set it to that."
+    )
+
+
+if __name__ == "__main__":
+  launch.main(run, __doc__)

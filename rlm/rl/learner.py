@@ -1,0 +1,129 @@
+"""From the minibatches of a rollout to a new policy, and what that reports."""
+
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from rlm.models.transformer import Transformer
+from rlm.rl.config import SelectionConfig
+from rlm.rl.diagnostics import make_diagnostics
+from rlm.rl.loss import make_logprobs, make_rl_loss
+from rlm.rl.metrics import combine_updates
+from rlm.rl.objectives import Objective, k3
+from rlm.train import (
+  Schedule,
+  TrainState,
+  make_train_step,
+  split_microbatches,
+)
+
+Minibatch = dict[str, np.ndarray]
+
+
+class Learner:
+  """The compiled parts of an update: three programs, each of one shape.
+
+  Args:
+    model: the Transformer.
+    objective: a row of the table.
+    selection: sizes of minibatches and microbatches.
+    tx: optimizer at unit learning rate; see `rlm.rl.loss.freeze`.
+    schedule: update -> learning rate.
+    temperature: as sampled.
+    replay_routes: train along the sampler's expert routes.
+    bias_update_rate: of the expert bias.
+    skip_nonfinite: see `rlm.train.make_train_step`.
+  """
+
+  def __init__(
+    self,
+    model: Transformer,
+    objective: Objective,
+    selection: SelectionConfig,
+    *,
+    tx: optax.GradientTransformation,
+    schedule: Schedule,
+    temperature: float,
+    replay_routes: bool,
+    bias_update_rate: float,
+    skip_nonfinite: bool,
+  ):
+    how = dict(temperature=temperature, replay_routes=replay_routes)
+    self._objective, self._selection = objective, selection
+    self._train_step = jax.jit(
+      make_train_step(
+        make_rl_loss(model, objective, **how),
+        tx,
+        schedule=schedule,
+        bias_update_rate=bias_update_rate,
+        num_microbatches=selection.num_microbatches,
+        ema_decay=None,
+        skip_nonfinite=skip_nonfinite,
+      ),
+      donate_argnums=0,
+    )
+    self._logprobs = jax.jit(make_logprobs(model, **how))
+    self._diagnose = jax.jit(make_diagnostics(model, temperature=temperature))
+
+  def _split(self, batch: Minibatch) -> Minibatch:
+    return split_microbatches(
+      batch,
+      microbatch_rows=self._selection.microbatch_rows,
+      num_microbatches=self._selection.num_microbatches,
+    )
+
+  def update(
+    self,
+    policy: TrainState,
+    reference: Any,
+    minibatches: list[Minibatch],
+    key: jax.Array,
+  ) -> tuple[TrainState, dict[str, Any]]:
+    """One update per minibatch, once each (one epoch), in order.
+
+    Log-probs of the policy that sampled and of the reference are computed for
+    all minibatches before the first update.
+
+    Args:
+      policy: donated.
+      reference: variables; read where the objective has a KL.
+      minibatches: of `rlm.rl.selection.make_minibatch`; [] changes nothing.
+      key: of this step.
+
+    Returns:
+      The new policy, and metrics over all updates on the host; {} for none.
+    """
+    batches = [self._split(batch) for batch in minibatches]
+    for batch in batches:
+      if self._selection.num_minibatches > 1:
+        batch["old_logprobs"] = self._logprobs(policy.variables, batch)
+      if self._objective.kl_weight > 0:
+        batch["ref_logprobs"] = self._logprobs(reference, batch)
+    updates = []
+    for i, batch in enumerate(batches):
+      policy, metrics = self._train_step(
+        policy, batch, jax.random.fold_in(key, i)
+      )
+      updates.append(metrics)
+    return policy, combine_updates(jax.device_get(updates))
+
+  def diagnose(
+    self, variables: Any, reference: Any, minibatch: Minibatch
+  ) -> dict[str, jax.Array]:
+    """What costs forward passes of its own; see `make_diagnostics`.
+
+    Args:
+      variables: of the policy that sampled the minibatch.
+      reference: variables, or None; where the loss has no KL that would
+        report it, adds `kl`, the token mean of k3.
+      minibatch: any rows of the rollout.
+    """
+    batch = self._split(minibatch)
+    metrics = self._diagnose(variables, batch)
+    if reference is not None and self._objective.kl_weight == 0:
+      policy_logprobs = self._logprobs(variables, batch)
+      log_ratio = self._logprobs(reference, batch) - policy_logprobs
+      metrics["kl"] = (batch["metric_weights"] * k3(log_ratio)).sum()
+    return metrics
