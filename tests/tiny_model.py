@@ -53,11 +53,16 @@ def tiny_config(**changes) -> ModelConfig:
 
 @functools.cache
 def tiny_model(**changes):
-  """(model, variables): normal weights, norms and expert biases near start.
+  """(model, variables) of `tiny_config`."""
+  model = Transformer(tiny_config(**changes))
+  return model, tiny_variables(model)
+
+
+def tiny_variables(model):
+  """Normal weights, norms and expert biases near their start.
 
   Drawn by numpy: compiling `model.init` takes longer than most tests.
   """
-  model = Transformer(tiny_config(**changes))
   row = jnp.ones((1, 4), jnp.int32)
   shapes = jax.eval_shape(model.init, jax.random.key(0), row, row, row)
   rng = np.random.default_rng(0)
@@ -70,4 +75,4 @@ def tiny_model(**changes):
       x *= 0.1
     return jnp.asarray(x, leaf.dtype)
 
-  return model, jax.tree.map_with_path(draw, shapes)
+  return jax.tree.map_with_path(draw, shapes)

@@ -50,7 +50,7 @@ def initial_variables(
       differing fields or arrays named.
   """
   if init_from is None:
-    return jax.jit(functools.partial(_init, model))(key)
+    return random_variables(model, key)
   folder = pathlib.Path(init_from)
   changed = ""
   if (folder / "config.json").exists():
@@ -69,6 +69,11 @@ def initial_variables(
       f"{changed}\nGive config.model the values of that run."
     )
   return variables
+
+
+def random_variables(model: Transformer, key: jax.Array) -> Any:
+  """The variables as the model draws them."""
+  return jax.jit(functools.partial(_init, model))(key)
 
 
 def shapes(model: Transformer) -> Any:
