@@ -1,0 +1,145 @@
+r"""A small DeepSeek-V3 that has met the families beside column addition.
+
+  python -m experiments.pretrain \
+    --config=configs/pretrain/families.py --workdir=runs/families
+
+The base of configs/rl/{column_multiplication,chained_arithmetic,countdown}.py.
+Half of its problems are in the chat format, so that RL can start from it.
+"""
+
+import ml_collections
+
+
+def get_config():
+  c = ml_collections.ConfigDict()
+  c.stage = "pretrain"
+  c.seed = 0
+  c.steps = 900
+  c.init_from = None
+  c.tokenizer = "bytes"
+  c.model = dict(
+    vocab_size=272,
+    n_vocab_used=268,  # 256 bytes and 12 markers
+    hidden_size=64,
+    num_hidden_layers=3,
+    first_k_dense_replace=1,
+    intermediate_size=192,
+    moe_intermediate_size=16,
+    n_routed_experts=8,
+    num_experts_per_tok=2,
+    n_shared_experts=4,
+    n_group=1,
+    topk_group=1,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=1.0,
+    num_attention_heads=4,
+    q_lora_rank=None,
+    kv_lora_rank=32,
+    qk_nope_head_dim=16,
+    qk_rope_head_dim=16,
+    v_head_dim=16,
+    rope_theta=100.0,  # rows are short
+    rope_scaling=None,
+    max_position_embeddings=256,
+    rms_norm_eps=1e-6,
+    initializer_range=0.02,
+    tie_word_embeddings=False,
+    num_nextn_predict_layers=1,
+    dtype="float32",
+    param_dtype="float32",
+    remat="none",
+    unroll_layers=True,
+    attention_chunk=0,
+    logits_chunk=0,
+  )
+  c.tasks = dict(
+    multiplication=dict(
+      name="column_multiplication",
+      heldout_fraction=0.1,
+      letters="abcdefghijklmnopqrstuvwxyz",
+      forget_carry=0.5,
+      slip=0.02,
+    ),
+    chains=dict(
+      name="chained_arithmetic",
+      heldout_fraction=0.1,
+      modulus=97,
+      operations="+-",
+      misread_minus=0.5,
+      slip=0.02,
+    ),
+    countdown=dict(
+      name="countdown",
+      heldout_fraction=0.1,
+      operations="+-*",
+      max_number=25,
+      max_value=999,
+      max_attempts=1,
+      settle=0.5,
+      slip=0.02,
+    ),
+  )
+  worked = dict(
+    kind="task",
+    layout="isolated",
+    documents=30_000,
+    heldout_documents=256,
+    author="noisy",
+    tagged=0.5,  # in the chat format: RL starts from here without a cold start
+  )
+  c.data = dict(
+    row_length=128,
+    packing_window=1024,
+    heldout_rows=128,
+    sources=dict(
+      stdlib=dict(
+        kind="stdlib",
+        weight=1.0,
+        layout="cross_document",
+        heldout_fraction=0.05,
+        fim_rate=0.1,
+        max_bytes=3_000_000,
+      ),
+      multiplication=worked
+      | dict(weight=2.0, task="multiplication", levels=(2, 3, 4, 5, 6)),
+      chains=worked | dict(weight=2.0, task="chains", levels=(2, 3, 4, 5, 6)),
+      countdown=worked | dict(weight=2.0, task="countdown", levels=(3, 4)),
+    ),
+  )
+  c.batch = dict(rows=64, first_rows=64, ramp_steps=0, microbatch_rows=64)
+  c.mtp_weight = 0.3
+  c.balance_weight = 1e-4
+  c.bias_update_rate = 0.01  # short runs: at 0.001 loads stay uneven
+  c.optimizer = dict(
+    clip_norm=1.0,
+    b1=0.9,
+    b2=0.95,
+    eps=1e-8,
+    weight_decay=0.1,
+    moment_dtype="float32",
+    muon=dict(momentum=0.95, ns_steps=5, update_rms=None, adam_factor=0.3),
+  )
+  c.schedule = dict(
+    peak=0.03,
+    phases=(
+      dict(shape="linear", steps=20, factor=1.0),
+      dict(shape="constant", steps=430, factor=1.0),
+      dict(shape="cosine", steps=450, factor=0.05),
+    ),
+  )
+  c.ema_decay = None
+  c.eval = dict(
+    every_steps=300,
+    batch_rows=64,
+    use_ema=False,
+    task="chains",
+    levels=(2, 3, 4, 5, 6),
+    problems_per_level=64,
+  )
+  c.checkpoint_every_steps = 150
+  c.keep_checkpoints = 2
+  c.on_nonfinite = "stop"
+  c.peak_flops = None  # measured on this machine
+  return c
