@@ -161,6 +161,20 @@ class Task(abc.ABC):
   def check_steps(self, problem: Problem, thinking: str) -> bool:
     """Whether every step of `thinking` is right and they lead to the end."""
 
+  def problem_of(self, prompt: str) -> Problem | None:
+    """The problem that a prompt states, so that any prompt can be checked.
+
+    Args:
+      prompt: any text, such as a person types.
+
+    Returns:
+      The problem as this family would have drawn it, or None where the prompt
+      states none. Where a prompt does not tell an answer (countdown),
+      `Problem.answer` is "" and `verify` alone works on it.
+    """
+    del prompt
+    return None
+
   def problem(self, seed: int, index: int, level: int, split: str) -> Problem:
     """Problem `index` of a stream: a pure function of the four arguments.
 

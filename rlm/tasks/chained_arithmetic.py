@@ -9,6 +9,7 @@ a composite modulus 0 is over-represented, and RL collapses onto it.
 
 import dataclasses
 import math
+import re
 
 from rlm.tasks.base import (
   Problem,
@@ -24,6 +25,8 @@ _MAX_TERMS = 16
 _MIN_MODULUS = 53  # guessing pays at most 1 / 52
 _MAX_MODULUS = 10**6
 _OPERATIONS = "+-*"
+_OPERATION = re.compile(r"[-+*]")
+_PROMPT = re.compile(r"[1-9][0-9]{0,5}([-+*][1-9][0-9]{0,5})+\?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +91,20 @@ class ChainedArithmetic(Task):
       operations[draws.below(len(operations))] for _ in range(level - 1)
     )
     return chain_problem(terms, chain, modulus)
+
+  def problem_of(self, prompt: str) -> Problem | None:
+    """The chain that a prompt states; Task.problem_of."""
+    if not _PROMPT.fullmatch(prompt):
+      return None
+    terms = [int(term) for term in _OPERATION.split(prompt[:-1])]
+    operations = "".join(_OPERATION.findall(prompt))
+    if (
+      not set(operations) <= set(self._cfg.operations)
+      or not 0 < min(terms) <= max(terms) < self._cfg.modulus
+      or len(terms) not in self.levels
+    ):
+      return None
+    return chain_problem(terms, operations, self._cfg.modulus)
 
   def worked_solution(self, problem: Problem) -> Solution:
     """The right steps and answer; Task.worked_solution."""

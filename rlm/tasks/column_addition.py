@@ -6,9 +6,13 @@ holds 81 * 100**(k-1) problems (8,100 at k = 2: claim nothing about
 memorising there). Both orders of the operands share one identity.
 """
 
+import re
+
 from rlm.tasks.base import Problem
 from rlm.tasks.columns import ColumnTask
 from rlm.tasks.draws import Draws
+
+_PROMPT = re.compile(r"([a-zA-Z][0-9][0-9])+\?")
 
 
 class ColumnAddition(ColumnTask):
@@ -23,6 +27,16 @@ class ColumnAddition(ColumnTask):
     upper = low + draws.below(9 * low)
     lower = low + draws.below(9 * low)
     return addition_problem(upper, lower, self.draw_letters(draws, level))
+
+  def problem_of(self, prompt: str) -> Problem | None:
+    """The sum that a prompt states; Task.problem_of."""
+    if not _PROMPT.fullmatch(prompt):
+      return None
+    columns, upper, lower = prompt[:-1:3], prompt[1:-1:3], prompt[2:-1:3]
+    letters = self.letters_from(columns)
+    if letters is None or "0" in (upper[0], lower[0]):
+      return None
+    return addition_problem(int(upper), int(lower), letters)
 
   @staticmethod
   def column_pairs(problem: Problem) -> list[tuple[int, int]]:

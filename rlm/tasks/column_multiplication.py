@@ -9,9 +9,13 @@ Level k has k digits without leading zeros and multipliers 2 to 9, so
 about memorising below k = 4.
 """
 
+import re
+
 from rlm.tasks.base import Problem
 from rlm.tasks.columns import ColumnTask
 from rlm.tasks.draws import Draws
+
+_PROMPT = re.compile(r"([a-zA-Z][0-9])+\*[2-9]\?")
 
 
 class ColumnMultiplication(ColumnTask):
@@ -27,6 +31,16 @@ class ColumnMultiplication(ColumnTask):
     multiplier = 2 + draws.below(8)
     letters = self.draw_letters(draws, level)
     return multiplication_problem(number, multiplier, letters)
+
+  def problem_of(self, prompt: str) -> Problem | None:
+    """The product that a prompt states; Task.problem_of."""
+    if not _PROMPT.fullmatch(prompt):
+      return None
+    columns, number = prompt[:-3:2], prompt[1:-3:2]
+    letters = self.letters_from(columns)
+    if letters is None or number[0] == "0":
+      return None
+    return multiplication_problem(int(number), int(prompt[-2]), letters)
 
   @staticmethod
   def column_pairs(problem: Problem) -> list[tuple[int, int]]:

@@ -91,6 +91,20 @@ class ColumnTask(Task):
     start = draws.below(len(letters) - level)
     return letters[start : start + level + 1]
 
+  def letters_from(self, columns: str) -> str | None:
+    """The letters of a problem, lowest first, if they are neighbours.
+
+    Args:
+      columns: letters of its columns, highest first, as a prompt has them.
+
+    Returns:
+      The letters and that of the last carry; None if they are no problem's.
+    """
+    start = self._cfg.letters.find(columns[::-1])
+    letters = self._cfg.letters[start : start + len(columns) + 1]
+    in_place = start >= 0 and len(letters) == len(columns) + 1
+    return letters if in_place and len(columns) in self.levels else None
+
   def worked_solution(self, problem: Problem) -> Solution:
     """The right steps and answer; Task.worked_solution."""
     return self._solve(problem, None)

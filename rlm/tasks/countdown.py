@@ -29,6 +29,7 @@ _OPERATIONS = "+-*/"
 _MAX_VALUE = 10**6 - 1
 _MAX_TRIES = 1000
 _MAX_THINKING_CHARS = 10_000
+_PROMPT = re.compile(r"[1-9][0-9]{0,5}(,[1-9][0-9]{0,5})*=[1-9][0-9]{0,5}\?")
 _STEP = re.compile(r"([0-9]{1,6})([-+*/])([0-9]{1,6})=([0-9]{1,6})", re.ASCII)
 
 # a, operation, b, result; lists, as JSON gives them back.
@@ -115,6 +116,23 @@ class Countdown(Task):
       f" max_value={self._cfg.max_value} that signs alone do not solve."
       " Raise max_value or allow more operations."
     )
+
+  def problem_of(self, prompt: str) -> Problem | None:
+    """The numbers and target of a prompt; Task.problem_of.
+
+    Whether any expression reaches the target is left open.
+    """
+    if not _PROMPT.fullmatch(prompt):
+      return None
+    shown, _, target = prompt[:-1].partition("=")
+    numbers = [int(number) for number in shown.split(",")]
+    if (
+      len(numbers) not in self.levels
+      or max(numbers) > self._cfg.max_number
+      or int(target) > self._cfg.max_value
+    ):
+      return None
+    return _make_problem(numbers, int(target), answer="", steps=[])
 
   def worked_solution(self, problem: Problem) -> Solution:
     """Some failed attempts and the right one; Task.worked_solution."""
@@ -229,12 +247,18 @@ def countdown_problem(numbers: list[int], steps: list[_Step]) -> Problem:
     steps: [a, operation, b, result] for each step of one solution; the last
       result is the target.
   """
-  target = steps[-1][3]
+  answer = write_expression(numbers, steps)
+  return _make_problem(numbers, steps[-1][3], answer, steps)
+
+
+def _make_problem(
+  numbers: list[int], target: int, answer: str, steps: list[_Step]
+) -> Problem:
   shown = ",".join(map(str, numbers))
   return Problem(
     task=Countdown.name,
     prompt=f"{shown}={target}?",
-    answer=write_expression(numbers, steps),
+    answer=answer,
     level=len(numbers),
     identity=f"{','.join(map(str, sorted(numbers)))}={target}",
     metadata={"numbers": numbers, "target": target, "steps": steps},

@@ -82,6 +82,12 @@ class Jsonl(Task):
     epoch, place = divmod(int(index), len(pool))
     return self._order(seed, epoch, level, split)[place]
 
+  def problem_of(self, prompt: str) -> Problem | None:
+    """The file's problem of this prompt; Task.problem_of."""
+    asked = _identity(prompt)
+    found = (p for p in self.problems if p.identity == asked)
+    return next(found, None)
+
   def draw(self, draws: Draws, level: int) -> Problem:
     """Any problem of a level, of either split."""
     pool = [p for split in SPLITS for p in self._pools[level, split]]
@@ -237,6 +243,11 @@ def _make_problem(record: dict[str, Any], where: str, number: int) -> Problem:
     prompt=texts["prompt"],
     answer=texts["answer"],
     level=level,
-    identity=" ".join(texts["prompt"].split()),
+    identity=_identity(texts["prompt"]),
     metadata={"line": number, "id": record.get("id")},
   )
+
+
+def _identity(prompt: str) -> str:
+  """A prompt without what its white space adds."""
+  return " ".join(prompt.split())

@@ -106,3 +106,14 @@ def test_shares_outside_zero_to_one():
     make(misread_minus=2)
   with pytest.raises(ValueError, match=r"slip is 2, but is a share"):
     make(slip=2)
+
+
+def test_a_prompt_tells_its_problem():
+  task = make()
+  for i in range(50):
+    problem = task.problem(0, i, 2 + i % 5, "train")
+    assert task.problem_of(problem.prompt) == problem
+  # An operation and a term that do not occur, no chain, and too long a one.
+  for prompt in ("23/7?", "23+97?", "23+0?", "23?", "23+7", "1+" * 16 + "1?"):
+    assert task.problem_of(prompt) is None
+  assert make(operations="+").problem_of("23-7?") is None

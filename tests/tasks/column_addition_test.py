@@ -146,3 +146,23 @@ def test_shares_outside_zero_to_one():
     make(forget_carry=1.5)
   with pytest.raises(ValueError, match=r"slip is -0.1, but is a share"):
     make(slip=-0.1)
+
+
+def test_a_prompt_tells_its_problem():
+  task = make()
+  for i in range(50):
+    problem = task.problem(0, i, 2 + i % 5, "train")
+    assert task.problem_of(problem.prompt) == problem
+  assert task.problem_of("e89d51c71b77?") == EXAMPLE
+  for prompt in (
+    "e89d51c71b77",  # no question
+    "e89d51c71b77? ",
+    "e89d51c71a77?",  # columns that are no neighbours
+    "b77c71d51e89?",
+    "e09d51c71b77?",  # a leading zero
+    "b77?",  # one column
+    "l89k51?",  # no letter left for the carry
+    "x89w51?",
+    "",
+  ):
+    assert task.problem_of(prompt) is None

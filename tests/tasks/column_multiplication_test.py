@@ -50,3 +50,12 @@ def test_numbers_have_full_width_and_multipliers_do_something():
 
 def test_identity_ignores_letters():
   assert multiplication_problem(8577, 6, "cdefg").identity == EXAMPLE.identity
+
+
+def test_a_prompt_tells_its_problem():
+  task = make()
+  for i in range(50):
+    problem = task.problem(0, i, 2 + i % 5, "train")
+    assert task.problem_of(problem.prompt) == problem
+  for prompt in ("e8d5c7b7*1?", "e8d5c7b7?", "e0d5*6?", "e8c5*6?", "h8g5*6?"):
+    assert task.problem_of(prompt) is None

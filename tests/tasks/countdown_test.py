@@ -200,3 +200,18 @@ def test_unfit_numbers():
     make(settle=1.1)
   with pytest.raises(ValueError, match=r"slip is 1.1, but is a share"):
     make(slip=1.1)
+
+
+def test_a_prompt_tells_numbers_and_target():
+  task = make()
+  for i in range(50):
+    problem = task.problem(0, i, 3 + i % 4, "train")
+    found = task.problem_of(problem.prompt)
+    assert (found.prompt, found.level) == (problem.prompt, problem.level)
+    assert found.identity == problem.identity
+    assert found.answer == ""
+    assert task.verify(found, problem.answer)
+    assert not task.verify(found, problem.answer + "+1")
+  # Two numbers, a number and a target beyond the limits, no target.
+  for prompt in ("3,7=21?", "3,7,21=46?", "3,7,5=101?", "3,7,5?", "3,7,5=?"):
+    assert task.problem_of(prompt) is None

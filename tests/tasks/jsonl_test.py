@@ -205,3 +205,11 @@ def test_a_split_without_problems(write):
 def test_line_limit_must_be_positive(write):
   with pytest.raises(ValueError, match=r"max_line_bytes is 0, but must be"):
     make(write(*LINES), max_line_bytes=0)
+
+
+def test_a_prompt_tells_its_problem(write):
+  task = make(write(*LINES))
+  for problem in task.problems:
+    assert task.problem_of(problem.prompt) == problem
+  assert task.problem_of("  What is  3+1?\n").answer == "4"
+  assert task.problem_of("What is 3+2?") is None
