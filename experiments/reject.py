@@ -18,6 +18,7 @@ from typing import Any
 from experiments import launch
 from experiments.evaluate import model_of
 from rlm.config import build
+from rlm.rl.config import RejectionConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +40,7 @@ class Config:
   seed: int
   init_from: str
   task: dict
-  rejection: dict
+  rejection: RejectionConfig
   sampling: dict
   slots: int
   prompt_length: int
@@ -72,7 +73,6 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
   # --- Config, problems and model --------------------------------------------
   cfg = build(Config, c)
-  reject = build(rejection.RejectionConfig, cfg.rejection, "config.rejection")
   sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
   if sampling.stop_tokens:
     raise ValueError(
@@ -80,7 +80,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       " end a completion that is scored. Leave it empty."
     )
   task = make_task(cfg.task)
-  problems = rejection.draw_problems(task, reject, cfg.seed)
+  problems = rejection.draw_problems(task, cfg.rejection, cfg.seed)
   scorer = Scorer(task, dict.fromkeys(REWARDS, 1.0))  # verdicts alone count
   tokenizer_name, model_cfg = model_of(cfg.init_from)
   tokenizer = load_tokenizer(tokenizer_name)
@@ -106,7 +106,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   # without that line is dropped when the writers open.
   metrics_path = folder.path / "metrics.jsonl"
   traces_path = folder.path / "traces" / f"{cfg.stage}.jsonl"
-  chunks = range(0, len(problems), reject.problems_per_chunk)
+  chunks = range(0, len(problems), cfg.rejection.problems_per_chunk)
   start = len(read_jsonl(metrics_path)) if metrics_path.exists() else 0
   with (
     catch_signals() as stop,
@@ -116,11 +116,11 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       console,
       cfg.stage,
       len(problems),
-      done=min(start * reject.problems_per_chunk, len(problems)),
+      done=min(start * cfg.rejection.problems_per_chunk, len(problems)),
     ) as bar,
   ):
     for chunk, first in list(enumerate(chunks))[start:]:
-      asked = problems[first : first + reject.problems_per_chunk]
+      asked = problems[first : first + cfg.rejection.problems_per_chunk]
       samples = rejection.sample_chunk(
         sampler,
         variables,
@@ -129,17 +129,17 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
         tokenizer,
         scorer,
         key,
-        samples_per_problem=reject.samples_per_problem,
+        samples_per_problem=cfg.rejection.samples_per_problem,
       )
       for row in samples:
-        for s in rejection.select(row, reject):
+        for s in rejection.select(row, cfg.rejection):
           traces.write(
             trace_record(
               cfg.stage, chunk, s.problem, s.text, s.score, s.finished
             )
           )
       traces.flush()
-      counts = rejection.count_chunk(samples, reject)
+      counts = rejection.count_chunk(samples, cfg.rejection)
       log.push(chunk, counts, tokens=counts["tokens"])
       log.flush()
       bar.update(
@@ -152,7 +152,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     seconds = log.total_seconds
 
   # --- The set ---------------------------------------------------------------
-  totals = rejection.total_counts(read_jsonl(metrics_path), reject)
+  totals = rejection.total_counts(read_jsonl(metrics_path), cfg.rejection)
   if not totals["kept"]:
     raise ValueError(
       f"none of {totals['sampled']} samples of {cfg.init_from!r} was kept"

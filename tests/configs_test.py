@@ -16,7 +16,6 @@ import pytest
 from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
-from rlm.rl.rejection import RejectionConfig
 from rlm.sampling.sampler import SamplingConfig
 from rlm.tasks.registry import make_task
 
@@ -66,7 +65,6 @@ def sections_of(section, name: str = ""):
 # depend on a name inside; experiments build them first thing in run().
 PLAIN = {
   "sampling": functools.partial(build, SamplingConfig),
-  "rejection": functools.partial(build, RejectionConfig),
   "task": make_task,
   "tasks": lambda tasks: [make_task(task) for task in tasks.values()],
 }

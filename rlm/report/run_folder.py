@@ -25,6 +25,8 @@ STAGES = {
   "student_pretrain": "Student base",
   "distill": "Distilled student",
 }
+# What a study adds to a recipe's folder.
+CONTROLS = {"sft_control": "SFT control", "student_rl": "Student RL"}
 _NOT_STAGES = {"evaluate", "traces", "tensorboard", "checkpoints"}
 
 Record = dict[str, Any]
@@ -86,7 +88,7 @@ class Run:
 
 def stage_label(name: str) -> str:
   """A stage's name for readers: cold_start -> Cold start."""
-  return STAGES.get(name, name.replace("_", " "))
+  return (STAGES | CONTROLS).get(name, name.replace("_", " "))
 
 
 def inline_label(label: str) -> str:

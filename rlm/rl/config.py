@@ -97,3 +97,59 @@ class SelectionConfig:
         f" x {group_size} completions). Set rows_per_rollout={rows}"
         + (", or rows='untied' with fewer." if self.rows == "all" else ".")
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class RejectionConfig:
+  """What is asked, and what is kept of the answers.
+
+  Attributes:
+    levels: levels to ask, each once.
+    problems_per_level: distinct training problems of each of `levels`.
+    samples_per_problem: n.
+    require_steps: keep an answer only if its steps are right too.
+    keep_per_problem: the most that one problem gives; easy problems, which are
+      solved every time, would crowd out the others.
+    problems_per_chunk: problems between two saves. It changes no result.
+  """
+
+  levels: tuple[int, ...]
+  problems_per_level: tuple[int, ...]
+  samples_per_problem: int
+  require_steps: bool
+  keep_per_problem: int
+  problems_per_chunk: int
+
+  def __post_init__(self):
+    if not self.levels or len(set(self.levels)) != len(self.levels):
+      raise ValueError(
+        f"levels={self.levels} must name one or more levels, each once."
+      )
+    if len(self.problems_per_level) != len(self.levels):
+      raise ValueError(
+        f"problems_per_level={self.problems_per_level} needs one number for"
+        f" each of levels={self.levels}."
+      )
+    for name in (
+      "samples_per_problem",
+      "keep_per_problem",
+      "problems_per_chunk",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    if min(self.problems_per_level) < 1:
+      raise ValueError(
+        f"problems_per_level={self.problems_per_level}: each must be at least"
+        " 1. Leave a level out to ask none of it."
+      )
+    if self.keep_per_problem > self.samples_per_problem:
+      raise ValueError(
+        f"keep_per_problem={self.keep_per_problem} exceeds"
+        f" samples_per_problem={self.samples_per_problem}. Lower the first or"
+        " raise the second."
+      )
+
+  @property
+  def num_problems(self) -> int:
+    """Problems of all levels."""
+    return sum(self.problems_per_level)

@@ -11,6 +11,7 @@ from rlm import files, jsonl, stopping
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.data.chat import load_messages
 from rlm.rl import rejection
+from rlm.rl.config import RejectionConfig
 from tests.rl.chooser import Chooser, wrong
 from tests.rl.reciter import TASK, TOKENIZER
 from tests.tiny_model import tiny_config
@@ -64,7 +65,7 @@ def chooser(monkeypatch):
   arguments = {}
 
   def sampler(model, sampling, **_):
-    cfg = rejection.RejectionConfig(**config("")["rejection"])
+    cfg = RejectionConfig(**config("")["rejection"])
     return Chooser(rejection.draw_problems(TASK, cfg, seed=3), **arguments)
 
   monkeypatch.setattr("rlm.sampling.sampler.Sampler", sampler)

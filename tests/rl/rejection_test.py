@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from rlm.data.chat import encode_response
 from rlm.rewards.registry import Scored, Scorer
 from rlm.rl import rejection
-from rlm.rl.rejection import RejectionConfig, Sample
+from rlm.rl.config import RejectionConfig
+from rlm.rl.rejection import Sample
 from rlm.tasks.registry import make_task
 from tests.rl.chooser import Chooser, broken, cut, longer, marked
 from tests.rl.reciter import TASK, TOKENIZER, right, wrong

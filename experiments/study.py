@@ -1,0 +1,280 @@
+r"""Several seeds of a recipe against controls: do R1's findings hold here?
+
+  python -m experiments.study \
+    --config=configs/r1/study.py --workdir=runs/study
+
+Each seed runs the whole recipe in seed_K/ (a recipe's folder like any other,
+with its report) and two controls beside its stages there:
+
+  sft_control  the cold start's fine-tuning, continued from the cold start with
+               as many FLOPs as RL used, sampling included
+  student_rl   RL as in the recipe on the small model that distillation used,
+               from that model's pretraining
+
+Then comparison.json and comparison.html hold every stage of every seed, and
+R1's findings (RL raises accuracy, more than SFT of equal compute; responses
+lengthen; distillation beats RL on the small model) each with its verdict,
+whichever way it falls.  The same command continues it, to the bit.
+"""
+
+import copy
+import dataclasses
+import math
+import pathlib
+import runpy
+from typing import Any
+
+from experiments import evaluate, launch, r1
+from rlm import files
+from rlm.config import build, did_you_mean, plain
+
+SFT_CONTROL, STUDENT_RL = "sft_control", "student_rl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The keys of configs/r1/study.py.
+
+  Attributes:
+    recipe: the recipe's config file; its rl_gain and distilled name the stages
+      that are compared.
+    recipe_changes: keys of the recipe with other values here, nested as there.
+    seeds: of the whole recipe, one run each.
+    sft_control: keys of the stage that RL started from with other values in
+      the control; its steps and schedules follow from the compute.
+    student_rl: keys of the RL stage with other values in its control.
+    confidence: of the intervals over seeds, such as 0.95.
+  """
+
+  recipe: str
+  recipe_changes: dict
+  seeds: tuple[int, ...]
+  sft_control: dict
+  student_rl: dict
+  confidence: float
+
+  def __post_init__(self):
+    if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+      raise ValueError(
+        f"seeds={self.seeds} must name one or more seeds, each once."
+      )
+    if not 0 < self.confidence < 1:
+      raise ValueError(
+        f"confidence={self.confidence} must lie between 0 and 1, such as 0.95."
+      )
+
+
+def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
+  """Runs the study, or continues it; returns its summary."""
+  import rich.console
+
+  from rlm.eval.comparison import compare, r1_claims
+  from rlm.report.comparison import comparison_tables, write_comparison
+  from rlm.report.html import write_report
+  from rlm.workdir import open_workdir
+
+  # --- Every config is checked before the first stage runs. ------------------
+  cfg = build(Config, plain(c))
+  recipes = {seed: load_recipe(cfg, seed) for seed in cfg.seeds}
+  root = pathlib.Path(workdir)
+  for seed, recipe in recipes.items():
+    with_controls = add_controls(cfg, recipe, control_steps=1)
+    check_recipe(with_controls, root / f"seed_{seed}")
+  console = console or rich.console.Console()
+  folder = open_workdir(root, plain(c) | {"recipe": recipes[cfg.seeds[0]]})
+  page = folder.path / "comparison.html"
+  if folder.summary is not None:
+    folder.say_finished(console)
+    console.print(comparison_tables(files.read_json(page.with_suffix(".json"))))
+    return folder.summary
+
+  # --- Seed by seed: the recipe, then its controls. --------------------------
+  evaluations: dict[int, dict[str, Any]] = {}
+  costs: dict[str, dict[str, dict[int, Any]]] = {}
+  for seed, recipe in recipes.items():
+    home = root / f"seed_{seed}"
+    console.print(f"Seed {seed} of {list(cfg.seeds)}", highlight=False)
+    r1.run(recipe, str(home), console=console)
+    steps = control_steps(recipe, home)
+    with_controls = add_controls(cfg, recipe, control_steps=steps)
+    typed = build(r1.Config, with_controls)
+    for name in (SFT_CONTROL, STUDENT_RL):
+      experiment, config = r1.stage_config(typed, name, home)
+      experiment.run(config, str(home / name), console=console)
+      evaluate.run(
+        r1.evaluation_config(typed, name, home),
+        str(home / "evaluate" / name),
+        console=console,
+      )
+    write_report(home)
+    evaluations[seed] = {
+      name: files.read_json(home / "evaluate" / name / "summary.json")
+      for name in typed.order
+      if typed.stages[name]["evaluate"]
+    }
+    for name in typed.order:
+      summary = files.read_json(home / name / "summary.json")
+      for key in ("flops", "tokens", "seconds"):
+        by_key = costs.setdefault(name, {}).setdefault(key, {})
+        by_key[seed] = summary[key]
+
+  # --- What it says. ---------------------------------------------------------
+  recipe = recipes[cfg.seeds[0]]
+  claims = r1_claims(
+    cold_start=recipe["rl_gain"][0],
+    rl=recipe["rl_gain"][1],
+    sft_control=SFT_CONTROL,
+    distill=recipe["distilled"][1],
+    student_rl=STUDENT_RL,
+  )
+  comparison = files.to_json(
+    {
+      "title": folder.path.resolve().name,
+      **compare(evaluations, claims, confidence=cfg.confidence),
+      "costs": costs,
+    }
+  )
+  files.write_json(page.with_suffix(".json"), comparison)
+  write_comparison(page, comparison)
+  console.print(comparison_tables(comparison))
+  console.print(f"Comparison: {page}", soft_wrap=True)
+  return folder.finish(
+    {
+      "seeds": list(cfg.seeds),
+      "claims": comparison["claims"],
+      "seconds": sum(
+        seconds
+        for cost in costs.values()
+        for seconds in cost["seconds"].values()
+      ),
+    }
+  )
+
+
+def load_recipe(cfg: Config, seed: int) -> dict[str, Any]:
+  """The recipe's config with the study's changes, for one seed.
+
+  Raises:
+    ValueError: there is no such file, a change names a key that the recipe
+      lacks, or the recipe trains no student to compare.
+  """
+  path = pathlib.Path(cfg.recipe)
+  if not path.is_file():
+    raise ValueError(
+      f"config.recipe={cfg.recipe!r}: there is no such file. Name the config of"
+      " a recipe, such as configs/r1/laptop.py."
+    )
+  recipe = plain(runpy.run_path(str(path))["get_config"]())
+  if not recipe["distilled"]:
+    raise ValueError(
+      f"{cfg.recipe} sets distilled=None, and a study compares distillation"
+      " with RL on the student. Name a recipe that distils."
+    )
+  recipe = merge(recipe, cfg.recipe_changes, "config.recipe_changes")
+  return recipe | {"seed": seed}
+
+
+def merge(section: Any, changes: Any, where: str) -> Any:
+  """A section with other values for some of its keys.
+
+  Args:
+    section: nested dicts; left as they are.
+    changes: the same keys, or fewer; a dict in it changes the section there.
+    where: path of the changes, for the message.
+
+  Raises:
+    ValueError: a changed key is not in the section.
+  """
+  if not (isinstance(section, dict) and isinstance(changes, dict)):
+    return copy.deepcopy(changes)
+  merged = dict(section)
+  for key, value in changes.items():
+    if key not in section:
+      raise ValueError(
+        f"{where}.{key} changes a key that is not there"
+        + did_you_mean(key, section)
+      )
+    merged[key] = merge(section[key], value, f"{where}.{key}")
+  return merged
+
+
+def add_controls(
+  cfg: Config, recipe: dict[str, Any], *, control_steps: int
+) -> dict[str, Any]:
+  """The recipe with the two controls as its last stages.
+
+  Args:
+    cfg: the study.
+    recipe: of one seed.
+    control_steps: steps of the SFT control.
+
+  Raises:
+    ValueError: a change of a control names a key that its stage lacks.
+  """
+  start, rl = recipe["rl_gain"]
+  student, _ = recipe["distilled"]
+  stages = recipe["stages"]
+  sft = merge(stages[start], cfg.sft_control, "config.sft_control")
+  sft = lengthen(sft, control_steps) | {"init_from": f"stage:{start}"}
+  student_rl = merge(stages[rl], cfg.student_rl, "config.student_rl") | {
+    "model": stages[student]["model"],
+    "init_from": f"stage:{student}",
+  }
+  return recipe | {
+    "order": (*recipe["order"], SFT_CONTROL, STUDENT_RL),
+    "stages": stages | {SFT_CONTROL: sft, STUDENT_RL: student_rl},
+  }
+
+
+def lengthen(section: dict[str, Any], steps: int) -> dict[str, Any]:
+  """A supervised stage over another number of steps, its schedules stretched.
+
+  Args:
+    section: of the stage; whatever in it has `phases` is a schedule.
+    steps: its steps afterwards.
+  """
+  factor = steps / section["steps"]
+
+  def stretched(value):
+    if not (isinstance(value, dict) and "phases" in value):
+      return value
+    phases = [
+      phase | {"steps": max(1, round(factor * phase["steps"]))}
+      for phase in value["phases"]
+    ]
+    return value | {"phases": tuple(phases)}
+
+  return {k: stretched(v) for k, v in section.items()} | {"steps": steps}
+
+
+def control_steps(recipe: dict[str, Any], home: pathlib.Path) -> int:
+  """Steps of the SFT control that cost as many FLOPs as RL did.
+
+  FLOPs and not tokens, because a token that RL samples costs a third of one
+  that it trains on; by formula and not by the clock, because the clock would
+  not repeat.  RL's extra passes (reference, diagnostics) are not counted.
+
+  Args:
+    recipe: of this seed.
+    home: its finished run.
+  """
+  start, rl = (
+    files.read_json(home / name / "summary.json") for name in recipe["rl_gain"]
+  )
+  return max(1, math.ceil(rl["flops"] / (start["flops"] / start["steps"])))
+
+
+def check_recipe(recipe: dict[str, Any], home: pathlib.Path) -> None:
+  """Builds the config of every stage and evaluation, and forgets them.
+
+  Raises:
+    ValueError: one of them is wrong.
+  """
+  typed = build(r1.Config, recipe, "recipe")
+  for name in typed.order:
+    r1.stage_config(typed, name, home)
+    build(evaluate.Config, r1.evaluation_config(typed, name, home), "evaluate")
+
+
+if __name__ == "__main__":
+  launch.main(run, __doc__)
