@@ -38,8 +38,8 @@ def row_alignment(
 
   Returns:
     1 where groups need no padding; otherwise a power of two near a quarter of
-    the mean group, between 8 and 128: the padding stays below an eighth of the
-    rows when the groups are even.
+    the mean group, between 8 and 128: even groups of 32 rows or more grow by
+    less than a quarter, by an eighth on average.
   """
   if (implementation or default_implementation()) == "ragged":
     return 1

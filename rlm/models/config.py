@@ -1,10 +1,22 @@
 """The sizes of a model, under the names of the published config.json."""
 
 import dataclasses
+import typing
 from typing import Literal
 
 # What the shapes of one layer depend on is checked here, once, so that no
 # impossible size reaches a tracer.
+
+
+def _check_choices(section) -> None:
+  """Every Literal field holds one of its values; any other would pick none."""
+  for name, hint in typing.get_type_hints(type(section)).items():
+    if typing.get_origin(hint) is not Literal:
+      continue
+    choices, value = typing.get_args(hint), getattr(section, name)
+    if value not in choices:
+      names = ", ".join(map(repr, choices))
+      raise ValueError(f"{name}={value!r} is unknown. Choose one of {names}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,8 +42,19 @@ class RopeScaling:
   type: Literal["yarn"] = "yarn"
 
   def __post_init__(self):
+    _check_choices(self)
     if self.factor < 1:
       raise ValueError(f"rope_scaling.factor={self.factor} must be >= 1.")
+    if self.original_max_position_embeddings < 1:
+      raise ValueError(
+        "rope_scaling.original_max_position_embeddings="
+        f"{self.original_max_position_embeddings} must be at least 1."
+      )
+    if not self.beta_fast > self.beta_slow > 0:
+      raise ValueError(
+        f"rope_scaling.beta_fast={self.beta_fast} must exceed beta_slow="
+        f"{self.beta_slow}, and both 0: pairs that turn faster are kept."
+      )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,6 +152,7 @@ class ModelConfig:
     return self.num_moe_layers == 0
 
   def __post_init__(self):
+    _check_choices(self)
     self._check_positive()
     self._check_layers()
     if not self.is_dense:
@@ -145,6 +169,14 @@ class ModelConfig:
     for name in sizes:
       if getattr(self, name) < 1:
         raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+    for name in ("rms_norm_eps", "initializer_range"):
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name}={getattr(self, name)} must be positive.")
+    if not self.rope_theta > 1:
+      raise ValueError(
+        f"rope_theta={self.rope_theta} must exceed 1: pair i turns by"
+        " rope_theta^(-2i / qk_rope_head_dim) a position. Published: 10000."
+      )
 
   def _check_layers(self):
     if self.n_vocab_used > self.vocab_size:
@@ -165,11 +197,6 @@ class ModelConfig:
     for name in ("attention_chunk", "logits_chunk", "num_nextn_predict_layers"):
       if getattr(self, name) < 0:
         raise ValueError(f"{name}={getattr(self, name)} must not be negative.")
-    if self.logits_chunk and self.vocab_size % self.logits_chunk:
-      raise ValueError(
-        f"logits_chunk={self.logits_chunk} does not divide vocab_size="
-        f"{self.vocab_size}. Choose a divisor, or 0 for no chunks."
-      )
 
   def _check_experts(self):
     experts, groups = self.n_routed_experts, self.n_group

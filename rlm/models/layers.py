@@ -15,6 +15,9 @@ def normal_init(cfg: ModelConfig) -> nn.initializers.Initializer:
 def dot(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """The one matrix product of the model: inputs in x's dtype, float32 sums.
 
+  A float32 product is one: by default a GPU would round its inputs to TF32 and
+  a TPU to bfloat16, and the gate asks for float32 (sheet 2.4).
+
   Args:
     subscripts: einsum subscripts, as in `jnp.einsum`.
     x: activations; their dtype is the precision of the product.
@@ -23,8 +26,13 @@ def dot(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
   Returns:
     The product in the dtype of `x`.
   """
+  exact = x.dtype == jnp.float32
   product = jnp.einsum(
-    subscripts, x, w.astype(x.dtype), preferred_element_type=jnp.float32
+    subscripts,
+    x,
+    w.astype(x.dtype),
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
   )
   return product.astype(x.dtype)
 

@@ -22,7 +22,7 @@ from rlm.models.rope import rope_rotations
 Variables = Any  # Flax's {"params": tree, "router": tree}
 
 
-def _remat(body, policy: str):
+def _remat(body, policy: str, *, unrolled: bool):
   """Wraps a layer body: body(module, carry, xs) -> carry, ys."""
   if policy == "none":
     return body
@@ -30,7 +30,9 @@ def _remat(body, policy: str):
     "block": jax.checkpoint_policies.nothing_saveable,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   }
-  return nn.remat(body, prevent_cse=False, policy=policies[policy])
+  # In straight-line code XLA would find the forward pass's values again and
+  # recompute nothing; a loop hides them from it.
+  return nn.remat(body, prevent_cse=unrolled, policy=policies[policy])
 
 
 class Transformer(nn.Module):
@@ -60,12 +62,13 @@ class Transformer(nn.Module):
   def _scan(self, body, module, length, carry, xs, *, unroll=False):
     """Runs `body` over a stack of `length` layers; xs and ys lead with it."""
     c = self.cfg
+    unrolled = c.unroll_layers or unroll
     scanned = nn.scan(
-      _remat(body, c.remat),
+      _remat(body, c.remat, unrolled=unrolled),
       variable_axes={"params": 0, "router": 0},
       split_rngs={"params": True},
       length=length,
-      unroll=length if c.unroll_layers or unroll else 1,
+      unroll=length if unrolled else 1,
     )
     return scanned(module, carry, xs)
 
@@ -140,9 +143,16 @@ class Transformer(nn.Module):
         tokens[t + 2 + k]. Where that lies in another segment the state is
         meaningless and the caller's loss leaves it out.
       routing: Routing with leading axis `depth`.
+
+    Raises:
+      ValueError: the model has no MTP modules.
     """
     c = self.cfg
     depth = c.num_nextn_predict_layers
+    if not depth:
+      raise ValueError(
+        "This model has no MTP modules. Set num_nextn_predict_layers to 1."
+      )
     rotations = self._rotations(positions)
 
     def body(module, hidden, inputs):
