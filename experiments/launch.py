@@ -82,10 +82,7 @@ def main(
         "--workdir is missing: name the folder of this run, such as"
         " --workdir=runs/first."
       )
-    # What a resumed run, or a later stage of the same shape, need not compile.
-    cache = pathlib.Path(values.workdir).absolute() / "compilation_cache"
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
-    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    keep_compiled(values.workdir)
     run(values.config, values.workdir)
 
   def configured():
@@ -96,6 +93,16 @@ def main(
     command(body, doc, values, rest)
 
   _guard(configured, argv)
+
+
+def keep_compiled(workdir: str) -> None:
+  """Keeps compiled programs in the run's folder; call before jax is imported.
+
+  A resumed run, or a later stage of the same shapes, need not compile again.
+  """
+  cache = pathlib.Path(workdir).absolute() / "compilation_cache"
+  os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def command(
