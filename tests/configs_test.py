@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
+from experiments import r1, study
 from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
@@ -37,12 +38,25 @@ def experiment_of(file: str) -> str:
 
 
 @functools.cache
-def typed_config(file: str):
-  """The config as its experiment reads it."""
+def typed_configs(file: str) -> list:
+  """The config as its experiment reads it, and those of a recipe's stages."""
   config = runpy.run_path(str(ROOT / file))["get_config"]()
   assert isinstance(config, ml_collections.ConfigDict)
-  experiment = importlib.import_module(f"experiments.{experiment_of(file)}")
-  return build(experiment.Config, config)
+  module = importlib.import_module(f"experiments.{experiment_of(file)}")
+  typed = build(module.Config, config)
+  recipes = []
+  if module is r1:
+    recipes = [typed]
+  elif module is study:
+    recipe = study.load_recipe(typed, seed=typed.seeds[0])
+    recipe = study.add_controls(typed, recipe, control_steps=1)
+    recipes = [build(r1.Config, recipe)]
+  stages = [
+    r1.stage_config(recipe, name, pathlib.Path("workdir"))
+    for recipe in recipes
+    for name in recipe.order
+  ]
+  return [typed, *(build(stage.Config, c) for stage, c in stages)]
 
 
 def sections_of(section, name: str = ""):
@@ -70,24 +84,29 @@ PLAIN = {
 }
 
 
+@functools.cache  # most configs share a model
+def shapes_of(cfg: ModelConfig):
+  row = jax.ShapeDtypeStruct((2, 8), jnp.int32)
+  init = Transformer(cfg).init
+  return jax.eval_shape(init, jax.random.key(0), row, row, row)
+
+
 def test_there_are_configs():
   assert "configs/r1/laptop.py" in FILES
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_config_is_what_its_experiment_reads(file):
-  for name, section in sections_of(typed_config(file)):
+def test_config_is_what_its_experiment_reads(file, monkeypatch):
+  monkeypatch.chdir(ROOT)  # configs name files from there
+  for name, section in sections_of(typed_configs(file)):
     if name in PLAIN and isinstance(section, dict):
       PLAIN[name](section)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_models_have_shapes(file):
-  sections = (section for _, section in sections_of(typed_config(file)))
+def test_models_have_shapes(file, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  sections = [section for _, section in sections_of(typed_configs(file))]
   for cfg in {s for s in sections if isinstance(s, ModelConfig)}:
-    row = jax.ShapeDtypeStruct((2, 8), jnp.int32)
-    variables = jax.eval_shape(
-      Transformer(cfg).init, jax.random.key(0), row, row, row
-    )
-    leaves = jax.tree.leaves(variables["params"])
+    leaves = jax.tree.leaves(shapes_of(cfg)["params"])
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(cfg.param_dtype)}
