@@ -70,11 +70,15 @@ def get_config():
   )
   c.models = dict(
     model=model,
-    student=model  # dense, and a third as wide where it thinks
+    student=model  # dense, and about half as many parameters
     | dict(
-      num_hidden_layers=2,
-      first_k_dense_replace=2,
+      hidden_size=48,
+      first_k_dense_replace=3,
       intermediate_size=96,
+      kv_lora_rank=24,
+      qk_nope_head_dim=12,
+      qk_rope_head_dim=12,
+      v_head_dim=12,
       num_nextn_predict_layers=0,
     ),
   )
@@ -194,15 +198,15 @@ def get_config():
       experiment="pretrain",
       model="model",
       evaluate=True,
-      steps=300,
+      steps=400,
       data=rows | dict(sources=corpus),
       mtp_weight=0.3,
       schedule=dict(
         peak=0.03,
         phases=(
           dict(shape="linear", steps=20, factor=1.0),
-          dict(shape="constant", steps=130, factor=1.0),
-          dict(shape="linear", steps=150, factor=0.05),
+          dict(shape="constant", steps=180, factor=1.0),
+          dict(shape="linear", steps=200, factor=0.05),
         ),
       ),
       checkpoint_every_steps=100,
@@ -312,18 +316,18 @@ def get_config():
       experiment="pretrain",
       model="student",
       evaluate=True,
-      steps=150,
+      steps=300,
       data=rows | dict(sources=dict(columns=corpus["columns"])),
       mtp_weight=0.0,
       schedule=dict(
         peak=0.03,
         phases=(
-          dict(shape="linear", steps=10, factor=1.0),
-          dict(shape="constant", steps=70, factor=1.0),
-          dict(shape="linear", steps=70, factor=0.05),
+          dict(shape="linear", steps=20, factor=1.0),
+          dict(shape="constant", steps=130, factor=1.0),
+          dict(shape="linear", steps=150, factor=0.05),
         ),
       ),
-      checkpoint_every_steps=75,
+      checkpoint_every_steps=100,
     ),
     distill=supervised
     | dict(
@@ -331,7 +335,7 @@ def get_config():
       model="student",
       evaluate=True,
       init_from="stage:student_pretrain",
-      steps=60,
+      steps=120,
       data=rows
       | dict(
         sources=dict(
@@ -348,8 +352,8 @@ def get_config():
         peak=0.01,
         phases=(
           dict(shape="linear", steps=2, factor=1.0),
-          dict(shape="constant", steps=28, factor=1.0),
-          dict(shape="linear", steps=30, factor=0.05),
+          dict(shape="constant", steps=58, factor=1.0),
+          dict(shape="linear", steps=60, factor=0.05),
         ),
       ),
       checkpoint_every_steps=60,
