@@ -1,6 +1,6 @@
 """Sampling speed of rlm and of transformers' DeepseekV3, tokens per second.
 
-  python -m tools.bench_sampling --config=configs/pretrain/laptop.py \
+  python -m tools.bench_sampling --config=configs/r1/laptop.py \
     --batch_size 64 --precision float32 mixed --output=sampling.json
 
 needs the extra `parity`; `--alone` measures rlm without it. Both sides complete
@@ -18,18 +18,17 @@ machine.
 import argparse
 import dataclasses
 import os
-import runpy
 import statistics
 from collections.abc import Callable
 
 import jax
 import numpy as np
 
-from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
 from rlm.sampling.sampler import Sampler, SamplingConfig
 from tools import interleave
+from tools.bench_train import load_model_config
 
 
 def random_prompts(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
@@ -163,7 +162,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
-  add("--config", required=True, help="a file whose config has `model`")
+  add("--config", required=True, help="a config file with a model")
   add("--batch_size", type=int, nargs="+", default=[64], help="rows")
   add("--experts", type=int, help="routed experts; default: the config's")
   add("--precision", nargs="+", default=["float32"], metavar="float32|mixed")
@@ -184,8 +183,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     packages += ("torch", "transformers")
-  config = runpy.run_path(arguments.config)["get_config"]()
-  cfg = build(ModelConfig, config.model, "config.model")
+  cfg = load_model_config(arguments.config)
   experts = arguments.experts or cfg.n_routed_experts
   cases = []
   for rows in arguments.batch_size:

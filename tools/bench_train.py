@@ -1,6 +1,6 @@
 """Training speed of rlm and of transformers' DeepseekV3, tokens per second.
 
-  python -m tools.bench_train --config=configs/pretrain/laptop.py \
+  python -m tools.bench_train --config=configs/r1/laptop.py \
     --experts 8 64 --precision float32 mixed --output=train.json
 
 needs the extra `parity`; `--alone` measures rlm without it. Both sides take
@@ -40,6 +40,13 @@ ADAMW = OptimizerConfig(
   muon=None,
 )
 LEARNING_RATE = 1e-3
+
+
+def load_model_config(path: str) -> ModelConfig:
+  """The model of a config file; of a recipe, the one it calls "model"."""
+  config = runpy.run_path(path)["get_config"]()
+  section = config.model if "model" in config else config.models.model
+  return build(ModelConfig, section, "config.model")
 
 
 def random_tokens(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
@@ -181,7 +188,7 @@ def main() -> None:
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
   add = parser.add_argument
-  add("--config", required=True, help="a file whose config has `model`")
+  add("--config", required=True, help="a config file with a model")
   add("--experts", type=int, nargs="+", default=[8, 64])
   add("--precision", nargs="+", default=["float32"], metavar="float32|mixed")
   add("--batch_size", type=int, default=64, help="rows of one step")
@@ -201,8 +208,7 @@ def main() -> None:
 
     torch.set_num_threads(arguments.threads)
     packages += ("torch", "transformers")
-  config = runpy.run_path(arguments.config)["get_config"]()
-  cfg = build(ModelConfig, config.model, "config.model")
+  cfg = load_model_config(arguments.config)
   cases = []
   for experts in arguments.experts:
     for precision in arguments.precision:
