@@ -165,12 +165,12 @@ def load_recipe(cfg: Config, seed: int) -> dict[str, Any]:
       " a recipe, such as configs/r1/laptop.py."
     )
   recipe = plain(runpy.run_path(str(path))["get_config"]())
+  recipe = merge(recipe, cfg.recipe_changes, "config.recipe_changes")
   if not recipe["distilled"]:
     raise ValueError(
       f"{cfg.recipe} sets distilled=None, and a study compares distillation"
       " with RL on the student. Name a recipe that distils."
     )
-  recipe = merge(recipe, cfg.recipe_changes, "config.recipe_changes")
   return recipe | {"seed": seed}
 
 
