@@ -70,7 +70,6 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
   from rlm.eval.comparison import compare, r1_claims
   from rlm.report.comparison import comparison_tables, write_comparison
-  from rlm.report.html import write_report
   from rlm.workdir import open_workdir
 
   # --- Every config is checked before the first stage runs. ------------------
@@ -89,34 +88,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     return folder.summary
 
   # --- Seed by seed: the recipe, then its controls. --------------------------
-  evaluations: dict[int, dict[str, Any]] = {}
-  costs: dict[str, dict[str, dict[int, Any]]] = {}
+  evaluations, summaries = {}, {}
   for seed, recipe in recipes.items():
-    home = root / f"seed_{seed}"
     console.print(f"Seed {seed} of {list(cfg.seeds)}", highlight=False)
-    r1.run(recipe, str(home), console=console)
-    steps = control_steps(recipe, home)
-    with_controls = add_controls(cfg, recipe, control_steps=steps)
-    typed = build(r1.Config, with_controls)
-    for name in (SFT_CONTROL, STUDENT_RL):
-      experiment, config = r1.stage_config(typed, name, home)
-      experiment.run(config, str(home / name), console=console)
-      evaluate.run(
-        r1.evaluation_config(typed, name, home),
-        str(home / "evaluate" / name),
-        console=console,
-      )
-    write_report(home)
-    evaluations[seed] = {
-      name: files.read_json(home / "evaluate" / name / "summary.json")
-      for name in typed.order
-      if typed.stages[name]["evaluate"]
-    }
-    for name in typed.order:
-      summary = files.read_json(home / name / "summary.json")
-      for key in ("flops", "tokens", "seconds"):
-        by_key = costs.setdefault(name, {}).setdefault(key, {})
-        by_key[seed] = summary[key]
+    evaluations[seed], summaries[seed] = run_seed(
+      cfg, recipe, root / f"seed_{seed}", console
+    )
 
   # --- What it says. ---------------------------------------------------------
   recipe = recipes[cfg.seeds[0]]
@@ -131,7 +108,13 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     {
       "title": folder.path.resolve().name,
       **compare(evaluations, claims, confidence=cfg.confidence),
-      "costs": costs,
+      "costs": {
+        stage: {
+          key: {seed: summaries[seed][stage][key] for seed in cfg.seeds}
+          for key in ("flops", "tokens")
+        }
+        for stage in summaries[cfg.seeds[0]]
+      },
     }
   )
   files.write_json(page.with_suffix(".json"), comparison)
@@ -143,11 +126,49 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       "seeds": list(cfg.seeds),
       "claims": comparison["claims"],
       "seconds": sum(
-        seconds
-        for cost in costs.values()
-        for seconds in cost["seconds"].values()
+        summary["seconds"]
+        for stages in summaries.values()
+        for summary in stages.values()
       ),
     }
+  )
+
+
+def run_seed(
+  cfg: Config, recipe: dict[str, Any], home: pathlib.Path, console: Any
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """The recipe and its controls, whatever of them is not finished.
+
+  Args:
+    cfg: the study.
+    recipe: of this seed.
+    home: its folder.
+    console: a rich console.
+
+  Returns:
+    The summaries of the evaluations and those of the stages, by stage.
+  """
+  from rlm.report.html import write_report
+
+  r1.run(recipe, str(home), console=console)
+  steps = control_steps(recipe, home)
+  typed = build(r1.Config, add_controls(cfg, recipe, control_steps=steps))
+  for name in (SFT_CONTROL, STUDENT_RL):
+    experiment, config = r1.stage_config(typed, name, home)
+    experiment.run(config, str(home / name), console=console)
+    evaluate.run(
+      r1.evaluation_config(typed, name, home),
+      str(home / "evaluate" / name),
+      console=console,
+    )
+  write_report(home)  # once more, with the controls
+  evaluated = [n for n in typed.order if typed.stages[n]["evaluate"]]
+  return (
+    {
+      n: files.read_json(home / "evaluate" / n / "summary.json")
+      for n in evaluated
+    },
+    {n: files.read_json(home / n / "summary.json") for n in typed.order},
   )
 
 
