@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.ticker import MaxNLocator
 
 from rlm.report import svg
-from rlm.report.run_folder import Record, flat
+from rlm.report.run_folder import Record, flat, natural
 from rlm.report.series import Series, decimate, nested, series, smooth
 from rlm.report.text import is_number, significant
 
@@ -36,6 +36,7 @@ class Panel:
     text_entropies: the caller's references (entropies of the text) go here.
     smoothed: whether values are noisy enough for a moving average.
     whole: whole numbers, held from step to step.
+    idle: no panel where every value is this one: nothing happened.
   """
 
   title: str
@@ -48,6 +49,7 @@ class Panel:
   text_entropies: bool = False
   smoothed: bool = True
   whole: bool = False
+  idle: float | None = None
 
 
 PANELS = (
@@ -128,6 +130,7 @@ PANELS = (
     ((r"truncated", "truncated"),),
     fraction=True,
     limits=(0, None),
+    idle=0.0,
   ),
   Panel(
     "Entropy",
@@ -151,12 +154,14 @@ PANELS = (
     ),
     fraction=True,
     limits=(0, None),
+    idle=0.0,
   ),
   Panel(
     "Probability ratio",
     "Extremes of new over old probability in a step; 1 is on-policy.",
     ((r"ratio/max", "largest"), (r"ratio/min", "smallest")),
     log=True,
+    idle=1.0,
   ),
   Panel(
     "Groups without signal",
@@ -212,6 +217,7 @@ PANELS = (
     ((r"nonfinite", "skipped"),),
     smoothed=False,
     whole=True,
+    idle=0.0,
   ),
 )
 
@@ -260,8 +266,7 @@ def charts(
   drawn = []
   for panel in PANELS:
     lines = _matches(panel, names, records)
-    # A constant zero (no update skipped, nothing truncated) needs no plot.
-    if not lines or all(not s.values.any() for _, s in lines):
+    if all((s.values == panel.idle).all() for _, s in lines):
       continue
     reference = [] if panel.reference is None else [panel.reference]
     if panel.text_entropies:
@@ -276,7 +281,7 @@ def _matches(
   found = []
   for pattern, label in panel.lines:
     matches = [m for n in names if (m := re.fullmatch(pattern, n))]
-    matches.sort(key=lambda m: (len(m[0]), m[0]))  # level/9 before level/10
+    matches.sort(key=lambda m: natural(m[0]))  # level/9 before level/10
     for match in matches:
       column = series(records, match[0])
       if len(column):
@@ -299,7 +304,7 @@ def _draw(
   keys: list[Key] = []
   for (label, data), colour in reversed(list(zip(lines, colours, strict=True))):
     last = data.last
-    if panel.log:
+    if panel.log:  # zeros have no place on it
       positive = data.values > 0
       data = Series(data.steps[positive], data.values[positive])
     if len(data) > 40 and panel.smoothed:
@@ -313,7 +318,9 @@ def _draw(
       data.steps,
       data.values,
       color=colour,
-      marker="o" if len(data) == 1 else None,
+      marker="o" if len(data) <= 12 else None,
+      markersize=4,
+      clip_on=len(data) > 12,
       drawstyle="steps-post" if panel.whole else None,
     )
     shown = (
@@ -334,6 +341,8 @@ def _draw(
   svg.style_values(axes, log=panel.log, fraction=panel.fraction)
   svg.style_steps(axes)
   if panel.whole:
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, np.ceil(low) - 0.5), max(high, np.floor(high) + 0.5))
     axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
   return Chart(
     panel.title, panel.explanation, svg.to_svg(figure, panel.title), keys

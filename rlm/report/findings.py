@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from rlm.report.accuracy import Evaluation, Interval
 from rlm.report.lineage import beyond_note, distilled_pair, rl_pair
 from rlm.report.run_folder import Run, inline_label
+from rlm.report.text import is_number
 
 Pair = tuple[Evaluation, Evaluation]
 
@@ -31,6 +32,8 @@ def signed(value: float) -> str:
 
 def change(what: str, before: Interval, after: Interval) -> str:
   """One sentence on a change, which says if the intervals overlap."""
+  if abs(points(before, after)) < 0.05:
+    return f"left {what} at {after}"
   if after.low > before.high:
     verb, tail = "raised", ""
   elif after.high < before.low:
@@ -49,6 +52,18 @@ def findings(run: Run, evaluations: Sequence[Evaluation]) -> list[str]:
   found = []
   if pair := evaluated_pair(rl_pair(run, names), evaluations):
     found += _rl_findings(run, pair)
+  for stage in run.stages:
+    counts = [
+      value
+      for key in ("solved", "problems", "kept", "sampled")
+      if is_number(value := stage.summary.get(key))
+    ]
+    if len(counts) == 4:
+      solved, problems, kept, sampled = counts
+      found.append(
+        f"{stage.label} solved {solved:,} of {problems:,} problems and kept"
+        f" {kept:,} of {sampled:,} answers to learn from."
+      )
   if pair := evaluated_pair(distilled_pair(run, names), evaluations):
     before, after = (e.measures["pass_at_1"] for e in pair)
     found.append(

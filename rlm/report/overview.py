@@ -48,7 +48,8 @@ def key_figures(
         f"held-out pass@1, 95%: {value.bounds}",
       )
     )
-  model = run.summary.get("model")
+  summaries = [run.summary, *(stage.summary for stage in run.stages)]
+  model = next((s["model"] for s in summaries if "model" in s), None)
   if isinstance(model, dict) and text.is_number(model.get("total")):
     found.append(
       (

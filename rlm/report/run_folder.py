@@ -144,13 +144,15 @@ def _parse(text: str) -> Record | None:
 
 def read_traces(path: Path) -> list[Record]:
   """Every trace of a run: traces/*.jsonl in the order of their names."""
-  files = sorted((path / "traces").glob("*.jsonl"), key=_natural)
+  files = sorted(
+    (path / "traces").glob("*.jsonl"), key=lambda p: natural(p.name)
+  )
   return [record for file in files for record in read_jsonl(file)[0]]
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-  # step_9 before step_10
-  parts = re.split(r"(\d+)", path.name)
+def natural(name: str) -> list[tuple[int, str]]:
+  """Sort key by the numbers in a name: step_9 before step_10."""
+  parts = re.split(r"(\d+)", name)
   return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
 
 

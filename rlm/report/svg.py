@@ -127,7 +127,7 @@ def style_values(axes: Axes, *, log: bool, fraction: bool) -> None:
 def log_ticks(low: float, high: float) -> list[float]:
   """At most five round values in [low, high] > 0, evenly spread in the log."""
   decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-  for mantissas in ((1, 2, 5), (1, 3), (1,)):
+  for mantissas in (range(1, 10), (1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
     ticks = [m * 10.0**d for d in decades for m in mantissas]
     ticks = [tick for tick in ticks if low <= tick <= high]
     if len(ticks) <= 5:

@@ -70,6 +70,16 @@ class Comparisons:
   counts: dict[str, int]
   shown: list[Comparison]
 
+  @property
+  def has_marks(self) -> bool:
+    """Whether some wrong place is marked."""
+    return any(
+      piece.kind == "wrong"
+      for problem in self.shown
+      for side in problem.sides
+      for piece in side.pieces
+    )
+
 
 def stage_traces(run: Run) -> dict[str, list[Record]]:
   """Held-out traces by stage; without an evaluation, the stage's own."""

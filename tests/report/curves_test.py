@@ -20,9 +20,14 @@ def test_a_panel_appears_only_for_what_was_logged():
   assert titles([{"step": 1, "kl": 0.1}]) == ["KL to the reference"]
 
 
-def test_a_constant_zero_needs_no_panel():
-  assert titles([{"step": s, "nonfinite": 0} for s in range(5)]) == []
+def test_where_nothing_happened_there_is_no_panel():
+  steps = range(5)
+  assert titles([{"step": s, "nonfinite": 0} for s in steps]) == []
   assert titles([{"step": 1, "nonfinite": 1}]) == ["Skipped updates"]
+  on_policy = [{"step": s, "ratio/max": 1.0, "ratio/min": 1.0} for s in steps]
+  assert titles(on_policy) == []
+  # To learn nothing at all is news.
+  assert titles([{"step": 1, "accuracy": 0.0}]) == ["Accuracy while training"]
 
 
 def test_keys_carry_the_last_value():
@@ -59,7 +64,7 @@ def test_entropies_of_the_text_are_reference_lines():
 
 def test_logarithmic_panels_survive_zeros():
   records = [{"step": s, "sampler_diff/max": 0.0} for s in range(3)]
-  assert titles(records) == []
+  assert titles(records) == ["Sampler against trainer"]
   records.append({"step": 3, "sampler_diff/max": 1e-5})
   (chart,) = charts(records, {})
   assert chart.keys[0].last == "1.00e-05"

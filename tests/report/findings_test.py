@@ -1,3 +1,5 @@
+import json
+
 from rlm.report.accuracy import Interval, evaluations
 from rlm.report.findings import change, findings
 from rlm.report.run_folder import read_run
@@ -26,3 +28,19 @@ def test_findings_of_a_recipe(recipe):
   assert found[2].startswith("On level 6 (not in RL) it raised accuracy")
   assert found[-1].startswith("Distillation raised the student's accuracy from")
   assert findings(run, evaluations(run)[:1]) == []
+
+
+def test_no_change_is_said_as_such():
+  zero = Interval(0.0, 0.0, 0.0, 48)
+  assert change("accuracy", zero, zero) == "left accuracy at 0.0% [0.0, 0.0]"
+
+
+def test_what_rejection_sampling_kept(recipe):
+  path = recipe / "rejection" / "summary.json"
+  counts = {"solved": 940, "problems": 1280, "kept": 812, "sampled": 5120}
+  path.write_text(json.dumps(counts))
+  run = read_run(recipe)
+  assert findings(run, []) == [
+    "Rejection sampling solved 940 of 1,280 problems and kept 812 of 5,120"
+    " answers to learn from."
+  ]
