@@ -349,16 +349,13 @@ def show_example(chat: Chat, index: int, console: Any) -> None:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
   """Ctrl-C and SIGTERM end things at once: a chat has nothing to save."""
-  handlers = {
-    signal.SIGINT: signal.default_int_handler,
-    signal.SIGTERM: signal.SIG_DFL,
-  }
-  before = {s: signal.signal(s, handler) for s, handler in handlers.items()}
+  on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
+  on_terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
   try:
     yield
   finally:
-    for signum, handler in before.items():
-      signal.signal(signum, handler)
+    signal.signal(signal.SIGINT, on_interrupt)
+    signal.signal(signal.SIGTERM, on_terminate)
 
 
 def body(values: flags.FlagValues) -> None:

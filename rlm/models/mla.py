@@ -57,7 +57,7 @@ class LatentCache:
       )
     pad = [(0, 0), (0, 0), (0, more)]
     layers = tuple(jnp.pad(layer, pad) for layer in self.layers)
-    return self.replace(layers=layers)
+    return LatentCache(layers, self.lengths)
 
   def replace_rows(
     self, other: "LatentCache", rows: jax.Array

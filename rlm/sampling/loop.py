@@ -59,9 +59,14 @@ class Drawn(NamedTuple):
 
 
 def next_token_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
-  """float32 [B, V] of hidden [B, D] and head [D, V]."""
+  """float32 [B, V] of hidden [B, D] and head [D, V], both of one dtype."""
+  exact = hidden.dtype == jnp.float32  # a GPU would round to TF32
   return jnp.einsum(
-    "BD,DV->BV", hidden, head, preferred_element_type=jnp.float32
+    "BD,DV->BV",
+    hidden,
+    head,
+    precision=jax.lax.Precision.HIGHEST if exact else None,
+    preferred_element_type=jnp.float32,
   )
 
 
