@@ -112,6 +112,7 @@ MAY_CHANGE = ("init_from", "checkpoint_every_steps", "keep_checkpoints")
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Trains, or continues the run in `workdir`; returns its summary."""
   import jax
+  import jax.numpy as jnp
   import numpy as np
 
   from rlm import flops
@@ -254,14 +255,15 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
         metrics: dict[str, Any] = {"curriculum/level": curriculum["top_level"]}
         if is_due(step, cfg.diagnostics_every_steps):
           rows = np.arange(cfg.selection.rows_per_minibatch)
-          batch = minibatch(rollout, np.zeros_like(rollout.rewards), rows)
+          batch = minibatch(rollout, jnp.zeros(len(rollout.tokens)), rows)
           metrics |= learner.diagnose(policy.variables, reference, batch)
 
         # Advantages.
-        tied = np.asarray(tied_groups(rollout.rewards, cfg.group_size))
+        rewards = jnp.asarray(rollout.rewards)
+        tied = np.asarray(tied_groups(rewards, cfg.group_size))
         advantages = advantages_of(
           objective.advantage,
-          rollout.rewards,
+          rewards,
           cfg.group_size,
           eps=cfg.objective.advantage_eps,
         )

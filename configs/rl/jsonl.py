@@ -7,7 +7,8 @@ r"""RL with verified answers on your own problems.
 A line of the file is {"prompt": "...", "answer": "...", "level": 1}; `level` is
 optional.  configs/rl/problems.jsonl is an example, too small to learn from, and
 runs/cold_start (configs/sft/cold_start.py) a model that knows the format but
-nothing of such problems: bring both of your own.  Answers are right if they are the same text or the same number.
+nothing of such problems: bring both of your own.  Answers are right if they are
+the same text or the same number.
 """
 
 import ml_collections

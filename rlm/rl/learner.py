@@ -50,11 +50,15 @@ class Learner:
     bias_update_rate: float,
     skip_nonfinite: bool,
   ):
-    how = dict(temperature=temperature, replay_routes=replay_routes)
     self._objective, self._selection = objective, selection
     self._train_step = jax.jit(
       make_train_step(
-        make_rl_loss(model, objective, **how),
+        make_rl_loss(
+          model,
+          objective,
+          temperature=temperature,
+          replay_routes=replay_routes,
+        ),
         tx,
         schedule=schedule,
         bias_update_rate=bias_update_rate,
@@ -64,7 +68,9 @@ class Learner:
       ),
       donate_argnums=0,
     )
-    self._logprobs = jax.jit(make_logprobs(model, **how))
+    self._logprobs = jax.jit(
+      make_logprobs(model, temperature=temperature, replay_routes=replay_routes)
+    )
     self._diagnose = jax.jit(make_diagnostics(model, temperature=temperature))
 
   def _split(self, batch: Minibatch) -> Minibatch:

@@ -1,6 +1,8 @@
 """The RL loop on a tiny model: it learns, it is measured, it continues."""
 
+import dataclasses
 import json
+import math
 import os
 import pathlib
 import signal
@@ -12,6 +14,7 @@ import pytest
 from experiments import evaluate, rl
 from rlm.checkpoint.manager import restore_part
 from rlm.jsonl import read_jsonl
+from rlm.metrics import NonFiniteError
 from rlm.rewards import registry
 from rlm.rl import curriculum
 from rlm.stopping import Stopped
@@ -146,9 +149,7 @@ def test_a_run_can_be_evaluated_and_continued_from(tmp_path, monkeypatch):
   c.steps = 1
   c.objective.name = "dapo"
   c.monitor_kl, c.diagnostics_every_steps = True, 1
-  c.selection = dict(
-    rows="untied", rows_per_rollout=4, num_minibatches=1, microbatch_rows=4
-  )
+  c.selection.rows = "untied"
   rl.run(c, tmp_path / "first")
   (record,) = read_jsonl(tmp_path / "first" / "metrics.jsonl")
   # No reward at all: every group is tied, and nothing was learned from it.
@@ -169,9 +170,37 @@ def test_a_run_can_be_evaluated_and_continued_from(tmp_path, monkeypatch):
   assert summary["pass_at_1"]["mean"] == 0.0
   assert summary["pass_at_1_given_format"]["n"] == 0
   assert len(read_jsonl(tmp_path / "evaluated" / "traces" / "rl.jsonl")) == 2
-  again = evaluate.run(e, tmp_path / "again")
-  for key in summary.keys() - {"seconds"}:
-    assert summary[key] == again[key]
+
+
+@pytest.mark.parametrize(
+  "policy", ["stop", pytest.param("skip", marks=pytest.mark.full)]
+)
+def test_a_reward_that_is_no_number(tmp_path, monkeypatch, policy):
+  class Broken(Capitals):
+    calls = 0
+
+    def score(self, problem, text, finished):
+      scored = super().score(problem, text, finished)
+      Broken.calls += 1
+      broken = 32 < Broken.calls <= 64  # all of step 1
+      return dataclasses.replace(scored, total=math.nan) if broken else scored
+
+  monkeypatch.setattr(registry, "Scorer", Broken)
+  c = get_config()
+  c.steps, c.checkpoint_every_steps, c.on_nonfinite = 3, 1, policy
+  checkpoints = tmp_path / "checkpoints"
+  if policy == "stop":
+    with pytest.raises(NonFiniteError, match="step 1: "):
+      rl.run(c, tmp_path)
+    assert (tmp_path / "nonfinite_step_000001.npz").exists()
+    assert [p.name for p in checkpoints.iterdir()] == ["1"]
+    return
+  rl.run(c, tmp_path)
+  records = read_jsonl(tmp_path / "metrics.jsonl")
+  assert [r["nonfinite"] for r in records] == [0, 2, 0]
+  assert records[1]["reward/mean"] is None
+  variables = restore_part(checkpoints, "variables")
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(variables))
 
 
 def evaluate_config(run):
@@ -191,8 +220,8 @@ def evaluate_config(run):
       samples_per_trace=1,
     ),
     sampling=dict(get_config().sampling),
-    slots=4,
-    prompt_length=16,
+    slots=get_config().slots,
+    prompt_length=get_config().prompt_length,
   )
 
 

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlm.models.transformer import head_kernel
-from rlm.optim.optimizer import MuonConfig, OptimizerConfig, make_optimizer
+from rlm.optim.config import MuonConfig, OptimizerConfig
+from rlm.optim.optimizer import make_optimizer
 from rlm.rl.loss import (
   completion_logprobs,
   freeze,

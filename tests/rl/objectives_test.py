@@ -322,10 +322,6 @@ def test_config_takes_the_row_and_its_changes():
   assert make_objective(changed) == dataclasses.replace(
     OBJECTIVES["dapo"], clip_high=0.4, kl_weight=0.01
   )
-  with pytest.raises(ValueError, match=r"clip_low=-1 is negative"):
-    ObjectiveConfig("dapo", 1e-4, -1, None, None)
-  with pytest.raises(ValueError, match="advantage_eps=0 divides by zero"):
-    ObjectiveConfig("dapo", 0, None, None, None)
 
 
 def test_a_kl_without_reference_is_refused():

@@ -48,30 +48,6 @@ def test_no_signal_no_update():
   assert split_rows(cfg, np.ones(4, bool), 3, jax.random.key(0)) == []
 
 
-@pytest.mark.parametrize(
-  ("cfg", "error"),
-  [
-    (
-      ("all", 8, 1),
-      r"rows_per_rollout=8 of a rollout of 16 .* or rows='untied'",
-    ),
-    (("untied", 32, 1), r"rows_per_rollout=32 of a rollout of 16 \(4 prompts"),
-  ],
-)
-def test_sizes_that_do_not_fit_a_rollout(cfg, error):
-  with pytest.raises(ValueError, match=error):
-    SelectionConfig(*cfg, 1).check(4, 4)
-
-
-def test_sizes_that_do_not_fit_each_other():
-  with pytest.raises(ValueError, match=r"rows_per_rollout=12 does not split"):
-    SelectionConfig("untied", 12, 2, 4)
-  with pytest.raises(ValueError, match=r"num_minibatches=0 .* at least 1"):
-    SelectionConfig("untied", 12, 0, 4)
-  with pytest.raises(ValueError, match=r"group_size=1 leaves nothing"):
-    SelectionConfig("untied", 4, 1, 1).check(4, 1)
-
-
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_a_minibatch_holds_the_chosen_rows_then_rows_without_weight(name):
   _, _, rollout = recite(right, wrong, problems=2)
