@@ -5,12 +5,12 @@ metrics, so pretraining, SFT and RL need no cases of their own.
 """
 
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
 import numpy as np
 from markupsafe import Markup
-from matplotlib.ticker import MaxNLocator
 
 from rlm.report import svg
 from rlm.report.run_folder import Record, flat, natural
@@ -341,9 +341,11 @@ def _draw(
   svg.style_values(axes, log=panel.log, fraction=panel.fraction)
   svg.style_steps(axes)
   if panel.whole:
-    low, high = axes.get_ylim()
-    axes.set_ylim(min(low, np.ceil(low) - 0.5), max(high, np.floor(high) + 0.5))
-    axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+    lowest = math.floor(min(data.values.min() for _, data in lines))
+    highest = math.ceil(max(data.values.max() for _, data in lines))
+    ticks = range(lowest, highest + 1, (highest - lowest) // 5 + 1)
+    axes.set_ylim(lowest - 0.5, highest + 0.5)
+    axes.set_yticks(ticks, [str(tick) for tick in ticks])
   return Chart(
     panel.title, panel.explanation, svg.to_svg(figure, panel.title), keys
   )

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 
 from rlm.report import svg
@@ -99,3 +101,13 @@ def test_text_entropies_are_found_wherever_they_are():
     "unigram entropy": 4.5
   }
   assert text_entropies({"bigram_bits_per_byte": None}) == {}
+
+
+@pytest.mark.parametrize("levels", [[3], [2, 3, 4], [0, 50]])
+def test_whole_numbers_have_whole_ticks(levels):
+  records = [{"step": s, "curriculum/level": k} for s, k in enumerate(levels)]
+  (chart,) = charts(records, {})
+  ticks = re.findall(r"text-anchor: end[^>]*>([^<]+)</text>", chart.svg)
+  ticks = [t for t in ticks if t != "step"]
+  assert ticks and all(t.isdecimal() for t in ticks)
+  assert {str(k) for k in levels[:1]} <= {*ticks}
