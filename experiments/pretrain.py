@@ -169,11 +169,12 @@ def make_training(cfg: Config):
 
   model = Transformer(cfg.model)
   tx = make_optimizer(cfg.optimizer)
-  is_scheduled = isinstance(cfg.mtp_weight, ScheduleConfig)
-  mtp_weight = make_schedule(cfg.mtp_weight)
+  mtp_schedule = None
+  if isinstance(cfg.mtp_weight, ScheduleConfig):
+    mtp_schedule = make_schedule(cfg.mtp_weight)
   loss_fn = make_pretrain_loss(
     model,
-    mtp_weight=None if is_scheduled else cfg.mtp_weight,
+    mtp_weight=cfg.mtp_weight if isinstance(cfg.mtp_weight, float) else None,
     balance_weight=cfg.balance_weight,
   )
   train_step = make_train_step(
@@ -192,8 +193,8 @@ def make_training(cfg: Config):
   def step(state, batch, key):
     depth = cfg.model.num_nextn_predict_layers
     batch = global_weights(batch, mtp_depth=depth)
-    if is_scheduled:
-      batch["mtp_weight"] = mtp_weight(state.step)
+    if mtp_schedule is not None:
+      batch["mtp_weight"] = mtp_schedule(state.step)
     return train_step(state, batch, key)
 
   return model, start, step

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 
 from rlm.models.transformer import Transformer, head_kernel
 
-Batch = dict[str, jax.Array]
+Batch = dict[str, Any]  # arrays by name
 
 
 class Aux(NamedTuple):

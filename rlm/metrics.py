@@ -271,7 +271,7 @@ class MetricsWriter:
       )
       + (f" The batch is in {path}." if record.batch is not None else "")
       + " Checkpoints are from before. Look at the batch, or start again with a"
-      " lower learning rate or a smaller max_grad_norm.",
+      " lower learning rate or a smaller clip_norm.",
     )
 
 

@@ -208,7 +208,7 @@ def make_train_step(
     rate = bias_update_rate
     rate = jnp.float32(rate(state.step) if callable(rate) else rate)
     ema = state.ema
-    if ema is not None:
+    if ema_decay is not None:
       ema = jax.tree.map(
         lambda e, p: ema_decay * e + (1 - ema_decay) * p.astype(jnp.float32),
         ema,

@@ -50,9 +50,11 @@ def make_score_rows(model: Transformer) -> ScoreRows:
     head = head_kernel(variables, cfg)
     targets, mask = shift_targets(batch, 1)
     flat = (hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
-    sizes = dict(n_vocab_used=cfg.n_vocab_used, chunk=cfg.logits_chunk)
-    logprobs, _ = token_logprobs(*flat, **sizes, temperature=1.0)
-    greedy = is_greedy(*flat, **sizes)
+    n_vocab_used, chunk = cfg.n_vocab_used, cfg.logits_chunk
+    logprobs, _ = token_logprobs(
+      *flat, n_vocab_used=n_vocab_used, temperature=1.0, chunk=chunk
+    )
+    greedy = is_greedy(*flat, n_vocab_used=n_vocab_used, chunk=chunk)
     return RowScores(
       nats=-jnp.where(mask, logprobs.reshape(mask.shape), 0.0).sum(axis=1),
       exact=(greedy.reshape(mask.shape) | ~mask).all(axis=1),

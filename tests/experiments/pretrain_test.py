@@ -229,6 +229,19 @@ def test_a_run_killed_and_stopped_repeats_to_the_bit(
   jax.tree.map(np.testing.assert_array_equal, state, expected_state)
 
 
+def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, monkeypatch):
+  def broken(model, key):
+    del key
+    return jax.tree.map(lambda x: x * np.nan, tiny_variables(model))
+
+  monkeypatch.setattr(initial, "random_variables", broken)
+  with pytest.raises(FloatingPointError, match="step 0: grad_norm = nan"):
+    pretrain.run(config(tmp_path), tmp_path / "run", console=quiet())
+  with np.load(tmp_path / "run" / "nonfinite_step_000000.npz") as batch:
+    assert batch["tokens"].shape == (2, 2, ROW_LENGTH)
+  assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
+
+
 def test_a_finished_run_says_so(finished, tmp_path):
   c, folder, summary = finished
   out = tmp_path / "out.txt"
