@@ -14,6 +14,7 @@ same command continues it, to the bit.
 
 import dataclasses
 import time
+import zlib
 from typing import Any, Literal
 
 from experiments import launch
@@ -30,7 +31,7 @@ class Config:
 
   Attributes:
     stage: name of the run in its traces.
-    seed: of problems, sampling and (without init_from) weights.
+    seed: with `stage`, of problems, sampling and (without init_from) weights.
     steps: rollouts.
     init_from: folder of a run, or None.
     tokenizer: "bytes", or a folder with tokenizer.json.
@@ -166,7 +167,9 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     return folder.summary
 
   # --- State: the policy, and the reference where something needs it. --------
-  init_key, rl_key = jax.random.split(jax.random.key(cfg.seed))
+  # By stage too: the final RL of a recipe draws other problems than the first.
+  seed = zlib.crc32(f"{cfg.stage} {cfg.seed}".encode())
+  init_key, rl_key = jax.random.split(jax.random.key(seed))
   objective = make_objective(cfg.objective)
   tx = freeze(make_optimizer(cfg.optimizer))
   learner = Learner(
@@ -231,11 +234,11 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
           jax.random.fold_in(rl_key, step), 3
         )
         levels = curricula.levels_for_step(
-          cfg.curriculum, curriculum, cfg.seed, step, cfg.prompts_per_step
+          cfg.curriculum, curriculum, seed, step, cfg.prompts_per_step
         )
         first = step * cfg.prompts_per_step
         problems = [
-          task.problem(cfg.seed, first + i, level, "train")
+          task.problem(seed, first + i, level, "train")
           for i, level in enumerate(levels)
         ]
 
