@@ -82,8 +82,14 @@ def grouped_matmul(
       f"{x.shape[0]} rows are not a multiple of {row_alignment=}. Pad x."
     )
   if name == "ragged":
+    # A GPU would round float32 to TF32 by default.
+    exact = x.dtype == jnp.float32
     return jax.lax.ragged_dot(
-      x, w, group_sizes, preferred_element_type=jnp.float32
+      x,
+      w,
+      group_sizes,
+      precision=jax.lax.Precision.HIGHEST if exact else None,
+      preferred_element_type=jnp.float32,
     )
   return _block_matmul(x, w, group_sizes, row_alignment)
 
