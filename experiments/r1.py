@@ -195,9 +195,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   report = write_report(root)
   console.print(accuracy_tables(folder.summary))
   console.print(f"Report: {report}", soft_wrap=True, markup=False)
-  chat = f"{_python()} -m experiments.sample --workdir={shlex.quote(workdir)}"
+  model = cfg.stages[cfg.order[0]]["model"]
+  last = [n for n in cfg.order if cfg.stages[n]["model"] == model][-1]
   console.print(
-    f"Chat with the model just trained:\n  {chat}",
+    "Chat with the model just trained:\n"
+    f"  {_python()} -m experiments.sample"
+    f" --workdir={shlex.quote(workdir)} --stage={last}",
     soft_wrap=True,
     markup=False,
   )
