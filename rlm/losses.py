@@ -103,10 +103,15 @@ def _softmax(
   n_tokens = hidden.shape[0]
   # Ids that no tokenizer produces are cut off, which masks them for nothing.
   head = head[:, :n_vocab_used].astype(hidden.dtype)
+  exact = hidden.dtype == jnp.float32  # a GPU would round to TF32
 
   def merge(seen, head_chunk, first_id):
     logits = jnp.einsum(
-      "ND,DV->NV", hidden, head_chunk, preferred_element_type=jnp.float32
+      "ND,DV->NV",
+      hidden,
+      head_chunk,
+      precision=jax.lax.Precision.HIGHEST if exact else None,
+      preferred_element_type=jnp.float32,
     )
     return _merge(seen, logits / temperature, first_id, targets)
 

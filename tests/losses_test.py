@@ -146,6 +146,18 @@ def test_bfloat16_keeps_its_softmax_in_float32():
   assert [g.dtype for g in grads] == [jnp.bfloat16, jnp.float32]
 
 
+def test_float32_products_stay_float32_on_accelerators():
+  hidden, head, targets = logprob_case(5)
+
+  def total(hidden):
+    return losses.token_logprobs(
+      hidden, head, targets, n_vocab_used=10, temperature=1.0, chunk=0
+    )[0].sum()
+
+  text = str(jax.make_jaxpr(jax.grad(total))(hidden))
+  assert text.count("dot_general") == text.count("Precision.HIGHEST") / 2 == 2
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
