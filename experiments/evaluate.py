@@ -54,6 +54,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.progress import Progress
   from rlm.rewards.registry import REWARDS, Scorer
   from rlm.sampling.sampler import Sampler, SamplingConfig
+  from rlm.stopping import Stopped, catch_signals
   from rlm.tasks.registry import make_task
   from rlm.workdir import open_workdir
 
@@ -87,7 +88,16 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   checkpoints = pathlib.Path(cfg.init_from) / "checkpoints"
   step = int(restore_part(checkpoints, "step"))
   levels = len(cfg.evaluation.levels)
-  with Progress(console, f"evaluate {cfg.stage}", levels) as bar:
+  with (
+    Progress(console, f"evaluate {cfg.stage}", levels) as bar,
+    catch_signals() as stop,
+  ):
+
+    def on_level(done):
+      bar.update(done)
+      if stop.requested and done < levels:
+        raise Stopped(f"the evaluation of {cfg.stage}", None)
+
     summary, records = evaluate(
       sampler,
       restore_part(checkpoints, "variables"),
@@ -97,7 +107,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       cfg.evaluation,
       stage=cfg.stage,
       step=step,
-      on_level=bar.update,
+      on_level=on_level,
     )
   path = folder.path / "traces" / f"{cfg.stage}.jsonl"
   path.unlink(missing_ok=True)  # of an evaluation that was killed

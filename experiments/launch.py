@@ -105,6 +105,17 @@ def keep_compiled(workdir: str) -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
+def check_one_process() -> None:
+  """Raises ValueError where several processes would train on equal rows."""
+  import jax
+
+  if jax.process_count() > 1:
+    raise ValueError(
+      f"this run has {jax.process_count()} processes, but training does not"
+      " divide its batches among several yet. Start one process."
+    )
+
+
 def command(
   body: Callable[[flags.FlagValues], Any],
   doc: str | None,

@@ -236,6 +236,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   from rlm.train import split_microbatches
   from rlm.workdir import open_workdir
 
+  launch.check_one_process()
   tokenizer = load_tokenizer(cfg.tokenizer)
   if tokenizer.n_vocab_used != cfg.model.n_vocab_used:
     raise ValueError(

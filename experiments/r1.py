@@ -160,7 +160,10 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from experiments import evaluate
   from rlm.report.accuracy_table import accuracy_tables
   from rlm.report.html import write_report
+  from rlm.stopping import Stopped, catch_signals
   from rlm.workdir import open_workdir
+
+  began = time.monotonic()
 
   # --- Every stage's config is checked before the first one runs. ------------
   cfg = build(Config, plain(c))
@@ -172,28 +175,33 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   folder = open_workdir(root, c)
 
   # --- Stages. ---------------------------------------------------------------
-  if folder.summary is None:
+  summary = folder.summary
+  if summary is None:
     results, evaluations = {}, {}
-    for name, (experiment, config) in plan.items():
-      began = time.monotonic()
-      was_done = (root / name / "summary.json").exists()
-      results[name] = experiment.run(config, str(root / name), console=console)
-      if cfg.stages[name]["evaluate"]:
-        evaluations[name] = evaluate.run(
-          evaluation_config(cfg, name, root),
-          str(root / "evaluate" / name),
-          console=console,
+    with catch_signals() as stop:
+      for name, (experiment, config) in plan.items():
+        stage_began = time.monotonic()
+        results[name] = experiment.run(
+          config, str(root / name), console=console
         )
-      if not was_done:
-        _note_seconds(root, name, time.monotonic() - began)
-    summary = summarise(cfg, results, evaluations, _seconds(root))
-    folder.finish(summary)
+        if cfg.stages[name]["evaluate"]:
+          evaluations[name] = evaluate.run(
+            evaluation_config(cfg, name, root),
+            str(root / "evaluate" / name),
+            console=console,
+          )
+        seconds = _add_seconds(root, name, time.monotonic() - stage_began)
+        if stop.requested and name != cfg.order[-1]:
+          raise Stopped(f"the recipe, with {name} done,", None)
+    summary = folder.finish(summarise(cfg, results, evaluations, seconds))
   else:
     folder.say_finished(console)
 
   # --- What a person takes away. ---------------------------------------------
   report = write_report(root)
-  console.print(accuracy_tables(folder.summary))
+  console.print(accuracy_tables(summary))
+  took = time.monotonic() - began
+  console.print(f"This start took {took // 60:.0f}:{took % 60:02.0f}.")
   console.print(f"Report: {report}", soft_wrap=True, markup=False)
   model = cfg.stages[cfg.order[0]]["model"]
   last = [n for n in cfg.order if cfg.stages[n]["model"] == model][-1]
@@ -204,7 +212,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     soft_wrap=True,
     markup=False,
   )
-  return folder.summary
+  return summary
 
 
 def summarise(
@@ -277,16 +285,18 @@ def _python() -> str:
   )
 
 
-def _note_seconds(root: pathlib.Path, name: str, seconds: float) -> None:
-  """Adds a stage's time; one that was killed counts from its restart."""
-  files.write_json(
-    root / "seconds.json", _seconds(root) | {name: round(seconds, 1)}
-  )
+def _add_seconds(
+  root: pathlib.Path, name: str, seconds: float
+) -> dict[str, float]:
+  """Adds to a stage's seconds, over all starts of the recipe; returns all.
 
-
-def _seconds(root: pathlib.Path) -> dict[str, float]:
+  What a start spent in a stage that it did not live to end is not in it.
+  """
   path = root / "seconds.json"
-  return files.read_json(path) if path.exists() else {}
+  spent = files.read_json(path) if path.exists() else {}
+  spent[name] = round(spent.get(name, 0.0) + seconds, 1)
+  files.write_json(path, spent)
+  return spent
 
 
 if __name__ == "__main__":

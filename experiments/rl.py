@@ -145,6 +145,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
   # --- Config: every mistake is met here, before anything is compiled. -------
   cfg = build(Config, c)
+  launch.check_one_process()
   sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
   check_sampling(sampling)
   task = make_task(cfg.task)

@@ -24,15 +24,15 @@ class Stopped(Exception):
 
   Attributes:
     stage: name of the stage.
-    step: steps done, all of them saved.
+    step: steps done, all of them saved; None where it has none, or all.
   """
 
-  def __init__(self, stage: str, step: int):
+  def __init__(self, stage: str, step: int | None):
     self.stage = stage
     self.step = step
+    after = "" if step is None else f" after step {step}"
     super().__init__(
-      f"{stage} stopped after step {step} and is saved. The same command"
-      " continues it."
+      f"{stage} stopped{after} and is saved. The same command continues it."
     )
 
 
