@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
 
 
@@ -13,10 +14,7 @@ def normal_init(cfg: ModelConfig) -> nn.initializers.Initializer:
 
 
 def dot(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
-  """The one matrix product of the model: inputs in x's dtype, float32 sums.
-
-  A float32 product is one: by default a GPU would round its inputs to TF32 and
-  a TPU to bfloat16, and the gate asks for float32 (sheet 2.4).
+  """Activations times parameters, in the dtype of the activations.
 
   Args:
     subscripts: einsum subscripts, as in `jnp.einsum`.
@@ -26,15 +24,7 @@ def dot(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
   Returns:
     The product in the dtype of `x`.
   """
-  exact = x.dtype == jnp.float32
-  product = jnp.einsum(
-    subscripts,
-    x,
-    w.astype(x.dtype),
-    precision=jax.lax.Precision.HIGHEST if exact else None,
-    preferred_element_type=jnp.float32,
-  )
-  return product.astype(x.dtype)
+  return einsum(subscripts, x, w.astype(x.dtype)).astype(x.dtype)
 
 
 def linear(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -101,7 +91,7 @@ class SwiGLU(nn.Module):
 
 
 class Embedding(nn.Module):
-  """Token ids to vectors; int32 [B, T] -> cfg.dtype [B, T, D]."""
+  """Token ids to vectors; int32 [...] -> cfg.dtype [..., D]."""
 
   cfg: ModelConfig
 

@@ -155,15 +155,16 @@ class Transformer(nn.Module):
       )
     rotations = self._rotations(positions)
 
-    def body(module, hidden, inputs):
+    def body(module, hidden, embedded):
       hidden, routing = module(
-        hidden, self.embed(inputs), rotations, positions, segment_ids
+        hidden, embedded, rotations, positions, segment_ids
       )
       return hidden, (hidden, routing)
 
-    inputs = next_inputs(tokens, depth)
+    # Outside the scan: what a lifted body closes over cannot make parameters.
+    embedded = self.embed(next_inputs(tokens, depth))
     _, (states, routing) = self._scan(
-      body, self.mtp_modules, depth, hidden, inputs
+      body, self.mtp_modules, depth, hidden, embedded
     )
     return states, _no_routing(c, hidden) if c.is_dense else routing
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rlm.kernels import grouped_matmul as kernel
+from tests.models.families import fast_jit
 
 GROUPS, ALIGNMENT, ROWS, D, F = 4, 4, 24, 5, 3
 SIZES = {
@@ -57,7 +58,7 @@ def compiled(implementation):
     y, pull = jax.vjp(product, x, w)
     return y, *pull(dy)
 
-  return jax.jit(run)
+  return fast_jit(run)
 
 
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES.keys())

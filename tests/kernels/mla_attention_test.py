@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlm.kernels import mla_attention as kernel
+from tests.models.families import fast_jit
 
 B, T, S, N, H, R, WIDTH, C = 2, 6, 9, 3, 4, 2, 5, 7
 SCALE = 0.37
@@ -106,7 +107,7 @@ FORMS = ("by head", "batched", "whole", "chunks")
 @pytest.mark.parametrize("form", FORMS)
 def test_values(form, selection):
   selected = selected_keys() if selection else None
-  out, lse = jax.jit(by_form(form, selected))(*arrays())
+  out, lse = fast_jit(by_form(form, selected))(*arrays())
   want, want_lse = loop(*joined(*arrays()), where(), selected, SCALE)
   np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
   np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
@@ -125,7 +126,8 @@ def gradients(form):
     seen = jnp.isfinite(lse)
     return (out * d_out).sum() + jnp.where(seen, lse * d_lse, 0.0).sum()
 
-  return jax.jit(jax.grad(scalar, argnums=range(5)))(*arrays()), d_out, d_lse
+  grad = fast_jit(jax.grad(scalar, argnums=range(5)))
+  return jax.device_get(grad(*arrays())), d_out, d_lse
 
 
 @pytest.mark.parametrize("form", ("by head", "batched", "chunks"))
@@ -155,7 +157,7 @@ def test_gradients_by_differences_of_the_loop(form):
 def test_scores_and_softmax_of_bfloat16_are_float32():
   bfloat16 = arrays(jnp.bfloat16)
   for form in ("by head", "batched"):
-    out, lse = jax.jit(by_form(form))(*bfloat16)
+    out, lse = fast_jit(by_form(form))(*bfloat16)
     want, want_lse = loop(*joined(*bfloat16), where(), None, SCALE)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     np.testing.assert_allclose(lse, want_lse, rtol=1e-5, atol=1e-5)
@@ -165,7 +167,8 @@ def test_scores_and_softmax_of_bfloat16_are_float32():
 def test_large_scores_do_not_overflow():
   q_nope, q_rope, k_nope, k_rope, v = arrays()
   for form in ("by head", "batched"):
-    out, lse = by_form(form)(q_nope * 1e3, q_rope, k_nope * 1e3, k_rope, v)
+    large = (q_nope * 1e3, q_rope, k_nope * 1e3, k_rope, v)
+    out, lse = jax.device_get(fast_jit(by_form(form))(*large))
     assert np.isfinite(out).all()
     assert not np.isnan(lse).any() and not np.isposinf(lse).any()
 
@@ -198,13 +201,12 @@ def test_decode_is_expanded_attention_over_latents(selection):
   # Keys W^UK c and values c: what the absorbed form must give.
   q_nope, q_rope, latent, k_rope, k_up = latent_case()
   selected = selected_keys() if selection else None
-  out, lse = kernel.mla_decode(
+  decode = functools.partial(kernel.mla_decode, kv_lora_rank=C, scale=SCALE)
+  out, lse = fast_jit(decode)(
     np.concatenate([np.einsum("BTNH,CNH->BTNC", q_nope, k_up), q_rope], -1),
     np.concatenate([latent, k_rope], -1).swapaxes(1, 2),
     *where(),
     selected,
-    kv_lora_rank=C,
-    scale=SCALE,
   )
   k_nope = np.einsum("BSC,CNH->BSNH", latent, k_up)
   values = np.broadcast_to(latent[:, :, None], (B, S, N, C))
@@ -217,11 +219,12 @@ def test_decode_is_expanded_attention_over_latents(selection):
 def test_parts_of_one_softmax_combine():
   # Keys 0..3 and the rest; queries that see keys in both, one, or neither.
   places = where()
-  whole, _ = by_form("whole")(*arrays())
+  whole, _ = loop(*joined(*arrays()), where(), None, SCALE)
+  attend = fast_jit(functools.partial(kernel.mla_attention, scale=SCALE))
   parts = []
   for keys in (slice(0, 4), slice(4, None)):
     q_nope, q_rope, k_nope, k_rope, v = arrays()
-    parts += kernel.mla_attention(
+    parts += attend(
       q_nope,
       q_rope,
       k_nope[:, keys],
@@ -231,9 +234,8 @@ def test_parts_of_one_softmax_combine():
       places[1][:, keys],
       places[2],
       places[3][:, keys],
-      scale=SCALE,
     )
-  seen = [np.isfinite(parts[i][:, 0]) for i in (1, 3)]
+  seen = [np.isfinite(np.asarray(parts[i])[:, 0]) for i in (1, 3)]
   assert {*zip(*map(np.ravel, seen), strict=True)} == {
     (True, True),
     (True, False),
@@ -241,5 +243,5 @@ def test_parts_of_one_softmax_combine():
     (False, False),
   }
   np.testing.assert_allclose(
-    kernel.combine(*parts), whole, rtol=1e-5, atol=1e-5
+    fast_jit(kernel.combine)(*parts), whole, rtol=1e-5, atol=1e-5
   )

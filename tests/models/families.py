@@ -1,5 +1,8 @@
 """Three small models that between them have every part, and packed rows.
 
+They also run in different ways (scan or straight-line code, remat policy, query
+chunks); one reference holds for all.
+
 Sizes differ from each other wherever they may, so that a swapped axis is an
 error of shape and not a silent one.
 """
@@ -46,6 +49,9 @@ FAMILIES = {
     q_lora_rank=9,
     rope_scaling=YARN,
     num_nextn_predict_layers=2,
+    remat="none",
+    unroll_layers=False,
+    attention_chunk=0,
   ),
   "v2": dict(
     COMMON,
@@ -63,6 +69,9 @@ FAMILIES = {
     q_lora_rank=None,
     tie_word_embeddings=True,
     num_nextn_predict_layers=0,
+    remat="dots",
+    unroll_layers=True,
+    attention_chunk=0,
   ),
   "dense": dict(
     COMMON,
@@ -74,6 +83,9 @@ FAMILIES = {
     n_shared_experts=0,
     q_lora_rank=None,
     num_nextn_predict_layers=1,
+    remat="block",
+    unroll_layers=False,
+    attention_chunk=1,
   ),
 }
 
@@ -96,7 +108,7 @@ def model_of(name, **changes):
 
 @functools.cache
 def variables_of(name, std=0.4):
-  """Normal matrices; norms about 1; biases that change what is chosen."""
+  """Normal matrices, norms about 1, biases that change what is chosen."""
   row = jnp.ones((1, 4), jnp.int32)
   init = model_of(name).init
   shapes = jax.eval_shape(init, jax.random.key(0), row, row, row)
@@ -106,7 +118,7 @@ def variables_of(name, std=0.4):
     x = std * rng.standard_normal(leaf.shape)
     if path[-1].key == "scale":
       x = 1 + 0.5 * x
-    return jnp.asarray(x, leaf.dtype)
+    return x.astype(leaf.dtype)
 
   return jax.tree.map_with_path(draw, shapes)
 

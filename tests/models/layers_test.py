@@ -79,7 +79,8 @@ def test_swiglu():
 
 def test_swiglu_module_has_the_width_it_is_given():
   module = layers.SwiGLU(tiny_config(), width=6)
-  p = module.init(jax.random.key(0), jnp.ones((1, 16)))["params"]
+  x = jnp.ones((1, 16))
+  p = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
   assert {n: w.shape for n, w in p.items()} == {
     "gate_proj": (16, 6),
     "up_proj": (16, 6),
@@ -91,12 +92,15 @@ def test_swiglu_module_has_the_width_it_is_given():
 def test_norm_and_embedding_keep_parameters_in_param_dtype(param_dtype):
   cfg = tiny_config(param_dtype=param_dtype, dtype="bfloat16")
   norm, embedding = layers.RMSNorm(cfg), layers.Embedding(cfg)
-  scale = norm.init(jax.random.key(0), jnp.ones((1, 16)))["params"]["scale"]
-  np.testing.assert_array_equal(scale, np.ones(16))
-  tokens = jnp.array([[3, 0, 23]], jnp.int32)
-  variables = embedding.init(jax.random.key(0), tokens)
-  table = variables["params"]["embedding"]
+  key, tokens = jax.random.key(0), np.array([[3, 0, 23]], np.int32)
+  shapes = [
+    jax.eval_shape(norm.init, key, np.ones((1, 16), np.float32)),
+    jax.eval_shape(embedding.init, key, tokens),
+  ]
+  scale, table = jax.tree.leaves(shapes)
+  assert (scale.shape, table.shape) == ((16,), (24, 16))
   assert scale.dtype == table.dtype == param_dtype
-  vectors = embedding.apply(variables, tokens)
+  table = normal(24, 16).astype(table.dtype)
+  vectors = embedding.apply({"params": {"embedding": table}}, tokens)
   assert vectors.dtype == jnp.bfloat16
   np.testing.assert_array_equal(vectors[0], table[tokens[0]].astype("bfloat16"))

@@ -52,7 +52,8 @@ def test_gate_is_that_of_the_reference(name):
   logits = (2 * rng.standard_normal((2, 40, 8))).astype(np.float32)
   # Biases of both signs, larger than the scores: they change most choices.
   bias = rng.standard_normal(8).astype(np.float32)
-  ids, gates, scores = moe.route(jnp.asarray(logits), jnp.asarray(bias), cfg)
+  gate = fast_jit(functools.partial(moe.route, cfg=cfg))
+  ids, gates, scores = jax.device_get(gate(logits, bias))
   assert ids.dtype == jnp.int32 and gates.dtype == jnp.float32
   for index in np.ndindex(2, 40):
     want = reference.affinities(
@@ -68,8 +69,8 @@ def test_gate_is_that_of_the_reference(name):
 
 def choose(scores, bias, **changes):
   cfg = gate_config(**changes)
-  scores, bias = jnp.asarray(scores)[None], jnp.asarray(bias)
-  return moe.select_experts(scores, bias, cfg)[0].tolist()
+  select = fast_jit(functools.partial(moe.select_experts, cfg=cfg))
+  return select(scores[None], bias).tolist()[0]
 
 
 def test_a_group_scores_the_sum_of_its_two_best():
@@ -121,9 +122,14 @@ def test_replayed_experts_keep_their_order():
 
 def test_scores_that_underflow_give_no_nan():
   cfg = gate_config()
-  logits = jnp.full((1, 1, 8), -200.0)
-  _, gates, scores = moe.route(logits, jnp.zeros(8), cfg)
-  loss = moe.sequence_balance_loss(scores, jnp.ones((1, 1), bool), 3)
+  logits = np.full((1, 1, 8), -200.0, np.float32)
+
+  @fast_jit
+  def run(logits):
+    _, gates, scores = moe.route(logits, jnp.zeros(8), cfg)
+    return gates, moe.sequence_balance_loss(scores, np.ones((1, 1), bool), 3)
+
+  gates, loss = run(logits)
   assert not gates.any() and not loss.any()
 
 
@@ -132,10 +138,13 @@ def test_balance_loss_counts_unbiased_choices_of_real_tokens():
   scores = rng.random((3, 6, 5)).astype(np.float32)
   mask = np.array([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0], [0] * 6], bool)
 
-  def mean(scores):
-    return moe.sequence_balance_loss(scores, jnp.asarray(mask), 2).sum()
+  def total(scores):
+    loss = moe.sequence_balance_loss(scores, mask, 2)
+    return loss.sum(), loss
 
-  loss = moe.sequence_balance_loss(jnp.asarray(scores), jnp.asarray(mask), 2)
+  gradient, loss = jax.device_get(
+    fast_jit(jax.grad(total, has_aux=True))(scores)
+  )
   exact = scores.astype(np.float64)
   want = [
     reference.balance_loss(s[m], 2) for s, m in zip(exact, mask, strict=True)
@@ -144,7 +153,6 @@ def test_balance_loss_counts_unbiased_choices_of_real_tokens():
   assert want[2] == 0
 
   # Through P alone: f is held where it is.
-  gradient = np.asarray(jax.grad(mean)(jnp.asarray(scores)))
   assert np.isfinite(gradient).all() and not gradient[~mask].any()
   for s, m, grad in zip(exact[:2], mask, gradient, strict=False):
     direction = rng.standard_normal(s.shape)
@@ -271,16 +279,18 @@ def test_the_form_follows_the_number_of_tokens(monkeypatch):
 
 
 def moe_case(**changes):
-  """Module, its initial variables, x [2, 4, D] and segments with padding."""
+  """Module, x [2, 4, D] and segments with padding."""
   module = moe.MoE(tiny_config(**{**families.FAMILIES["v3"], **changes}))
-  x = jax.random.normal(jax.random.key(1), (2, 4, 16))
-  segments = jnp.array([[1, 1, 2, 0], [1, 1, 1, 1]], jnp.int32)
-  variables = fast_jit(module.init)(jax.random.key(0), x, segments)
-  return module, variables, x, segments
+  x = np.random.default_rng(0).standard_normal((2, 4, 16)).astype(np.float32)
+  segments = np.array([[1, 1, 2, 0], [1, 1, 1, 1]], np.int32)
+  return module, x, segments
 
 
 def test_module_parameters_and_their_std():
-  module, variables, _, _ = moe_case(hidden_size=16, n_routed_experts=32)
+  module, x, segments = moe_case(n_routed_experts=32)
+  variables = jax.device_get(
+    fast_jit(module.init)(jax.random.key(0), x, segments)
+  )
   e, d, f = 32, 16, module.cfg.moe_intermediate_size
   params = variables["params"]
   shapes = {k: w.shape for k, w in params.items() if k != "shared"}
@@ -297,12 +307,15 @@ def test_module_parameters_and_their_std():
 
 
 def test_the_gate_is_float32_in_a_bfloat16_model():
-  module, variables, x, segments = moe_case(
-    dtype="bfloat16", n_shared_experts=0
+  module, x, segments = moe_case(dtype="bfloat16", n_shared_experts=0)
+  x = x.astype(jnp.bfloat16)
+  rng = np.random.default_rng(1)
+  variables = jax.tree.map(
+    lambda s: rng.standard_normal(s.shape).astype(s.dtype),
+    jax.eval_shape(module.init, jax.random.key(0), x, segments),
   )
   assert "shared" not in variables["params"]
-  x = x.astype(jnp.bfloat16)
-  out, routing = module.apply(variables, x, segments)
+  out, routing = fast_jit(module.apply)(variables, x, segments)
   assert out.dtype == jnp.bfloat16
   router = np.asarray(variables["params"]["router"], np.float64)
   scores = 1 / (1 + np.exp(-np.asarray(x, np.float64) @ router))
