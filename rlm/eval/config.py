@@ -10,8 +10,9 @@ class EvaluationConfig:
   Attributes:
     seed: of the problems and of the sampling.
     levels: levels to ask.
-    levels_trained: levels that training drew; the headline is over these of
-      `levels`, so that stages compare, and harder ones are listed as beyond.
+    levels_trained: levels of the headline: those that RL draws. The overall
+      figures are over these of `levels`, the same after every stage, so that
+      stages compare. Which other levels some stage saw, its config says.
     problems_per_level: distinct held-out problems of each level.
     samples_per_problem: n.
     ks: the k of pass@k and maj@k, each at most n.
@@ -34,8 +35,8 @@ class EvaluationConfig:
     if not set(self.levels) & set(self.levels_trained):
       raise ValueError(
         f"levels={self.levels} and levels_trained={self.levels_trained} have"
-        " none in common, so there is no headline. Evaluate a level that"
-        " training drew."
+        " none in common, so there is no headline. Evaluate a level that RL"
+        " draws."
       )
     if len(set(self.levels)) != len(self.levels):
       raise ValueError(f"levels={self.levels} names a level twice.")

@@ -20,6 +20,7 @@ from rlm.eval.pass_at_k import (
   bootstrap_interval,
   majority_at_k,
   pass_at_k,
+  share_interval,
 )
 from rlm.rewards.registry import Scored
 from rlm.tasks.base import Problem, Task
@@ -237,7 +238,6 @@ def measure(samples: Samples, cfg: EvaluationConfig) -> dict[str, Interval]:
     "format": (well_formed / n, ones),
     "steps_correct": (steps / n, ones),
     "steps_correct_given_correct": (both / n, correct / n),
-    "response_length": (samples.lengths.mean(axis=1), ones),
     "finished": (samples.finished.mean(axis=1), ones),
   }
   for k in cfg.ks:
@@ -245,15 +245,12 @@ def measure(samples: Samples, cfg: EvaluationConfig) -> dict[str, Interval]:
       measures[f"pass_at_{k}"] = (pass_at_k(n, correct, k), ones)
       votes = [_vote(row, k) for row in samples.scores]
       measures[f"maj_at_{k}"] = (np.array(votes), ones)
+  draws = {"resamples": cfg.bootstrap_resamples, "seed": cfg.seed}
+  length = bootstrap_interval(samples.lengths.mean(axis=1), ones, **draws)
   return {
-    name: bootstrap_interval(
-      numerators,
-      denominators,
-      resamples=cfg.bootstrap_resamples,
-      seed=cfg.seed,
-    )
+    name: share_interval(numerators, denominators, **draws)
     for name, (numerators, denominators) in measures.items()
-  }
+  } | {"response_length": length}
 
 
 def _vote(row: list[Scored], k: int) -> float:
@@ -285,9 +282,9 @@ def summarise(
     stage: the stage whose model was asked.
 
   Returns:
-    The measures over the trained levels, each {"mean", "low", "high", "n"}
-    with None for what has no value; the same by level under "levels" (keys are
-    strings, as in JSON); and the sizes.
+    The measures over the headline's levels (`levels_trained`), each {"mean",
+    "low", "high", "n"} with None for what has no value; the same by level under
+    "levels" (keys are strings, as in JSON); and the sizes.
   """
 
   def plain(measures):
@@ -300,20 +297,17 @@ def summarise(
     }
 
   headline = set(cfg.levels) & set(cfg.levels_trained)
-  trained = _subset(samples, headline)
+  asked = _subset(samples, headline)
   return {
     "stage": stage,
-    "n_problems": len(trained.problems),
+    "n_problems": len(asked.problems),
     "n_samples": cfg.samples_per_problem,
-    **plain(measure(trained, cfg)),
+    **plain(measure(asked, cfg)),
     "levels": {
       str(level): plain(measure(_subset(samples, {level}), cfg))
       for level in cfg.levels
     },
     "levels_trained": sorted(headline),
-    "levels_beyond": sorted(
-      level for level in cfg.levels if level > max(cfg.levels_trained)
-    ),
   }
 
 

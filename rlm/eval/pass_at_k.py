@@ -174,3 +174,61 @@ def bootstrap_interval(
   low, high = np.quantile(estimates, [tail, 1.0 - tail])
   mean = numerators.sum() / denominators.sum()
   return Interval(float(mean), float(low), float(high), n)
+
+
+def share_interval(
+  numerators: np.ndarray,
+  denominators: np.ndarray,
+  *,
+  resamples: int,
+  seed: int,
+  confidence: float = 0.95,
+) -> Interval:
+  """`bootstrap_interval` of a share, with an exact bound where all are alike.
+
+  Where every problem counts 0, or every one counts fully, so does every
+  resample, and a bootstrap would claim certainty from a handful of problems.
+  There the open side is Clopper and Pearson's (1934), for 0 of n problems
+
+    high = 1 - ((1 - confidence) / 2)^(1/n)
+
+  (about 3.7 / n at 95%), and its mirror for n of n.  It bounds the chance that
+  a problem counts at all, and by that the mean.  For a ratio it takes the n
+  problems that carry it as equal in weight.
+
+  Args:
+    numerators: float [P], each within 0 and its denominator.
+    denominators: float [P], non-negative.
+    resamples: see `bootstrap_interval`, likewise the rest.
+    seed: of the draws.
+    confidence: of the interval.
+
+  Returns:
+    The share and its interval, within [0, 1]; NaN for a share of nothing.
+
+  Raises:
+    ValueError: a numerator is not a part of its denominator.
+  """
+  numerators = np.asarray(numerators, np.float64)
+  denominators = np.asarray(denominators, np.float64)
+  if (numerators < 0).any() or (numerators > denominators + 1e-9).any():
+    raise ValueError(
+      f"shares {numerators.tolist()} of {denominators.tolist()} must lie"
+      " within 0 and what they are shares of."
+    )
+  interval = bootstrap_interval(
+    numerators,
+    denominators,
+    resamples=resamples,
+    seed=seed,
+    confidence=confidence,
+  )
+  if interval.n == 0:
+    return interval
+  # How far from certainty n equal outcomes leave the truth.
+  away = 1.0 - ((1.0 - confidence) / 2) ** (1.0 / interval.n)
+  if not numerators.any():
+    return dataclasses.replace(interval, low=0.0, high=away)
+  if (numerators >= denominators - 1e-9).all():
+    return dataclasses.replace(interval, low=1.0 - away, high=1.0)
+  return interval

@@ -88,7 +88,7 @@ def result():
 
 def test_measures_by_hand(result):
   summary, _ = result
-  # Trained levels: correct counts 4, 2, 0, 1 of 4; well formed 4, 4, 3, 3.
+  # Levels 2 and 3: correct counts 4, 2, 0, 1 of 4; well formed 4, 4, 3, 3.
   assert summary["pass_at_1"]["mean"] == pytest.approx(7 / 16)
   assert summary["pass_at_1_given_format"]["mean"] == pytest.approx(7 / 14)
   assert summary["format"]["mean"] == pytest.approx(14 / 16)
@@ -111,10 +111,11 @@ def test_measures_by_hand(result):
 def test_levels(result):
   summary, _ = result
   assert summary["levels_trained"] == [2, 3]
-  assert summary["levels_beyond"] == [4]
   assert list(summary["levels"]) == ["2", "3", "4"]
   assert summary["levels"]["2"]["pass_at_1"]["mean"] == pytest.approx(6 / 8)
-  assert summary["levels"]["4"]["pass_at_1"]["mean"] == 0.0
+  none = summary["levels"]["4"]["pass_at_1"]
+  assert none["mean"] == none["low"] == 0.0
+  assert none["high"] == pytest.approx(1 - 0.025**0.5)  # 0 of 2 problems
   # Nothing was well formed there: a share of nothing has no value.
   given = summary["levels"]["4"]["pass_at_1_given_format"]
   assert given == {"mean": None, "low": None, "high": None, "n": 0}

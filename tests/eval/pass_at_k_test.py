@@ -6,7 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlm.eval.pass_at_k import bootstrap_interval, majority_at_k, pass_at_k
+from rlm.eval.pass_at_k import (
+  bootstrap_interval,
+  majority_at_k,
+  pass_at_k,
+  share_interval,
+)
 
 
 @given(st.integers(1, 8), st.data())
@@ -129,3 +134,38 @@ def test_bootstrap_is_a_function_of_its_seed():
 def test_a_share_of_nothing_is_not_a_number():
   interval = bootstrap_interval([0, 0], [0, 0], resamples=10, seed=0)
   assert math.isnan(interval.mean) and interval.n == 0
+
+
+def shares(values, denominators=None):
+  ones = np.ones(len(values)) if denominators is None else denominators
+  return share_interval(values, ones, resamples=200, seed=0)
+
+
+@given(st.integers(1, 500))
+def test_none_right_still_leaves_room(n):
+  interval = shares([0.0] * n)
+  assert interval.mean == interval.low == 0.0 and interval.n == n
+  # At that true share, 0 of n is as rare as a tail of a 95% interval.
+  np.testing.assert_allclose((1 - interval.high) ** n, 0.025, rtol=1e-6)
+  mirrored = shares([1.0] * n)
+  assert mirrored.high == 1.0
+  np.testing.assert_allclose(mirrored.low, 1 - interval.high, atol=1e-12)
+
+
+def test_all_well_formed_answers_right():
+  # Only the problems with a well-formed answer carry the ratio.
+  interval = shares([0.5, 1.0, 0.0], [0.5, 1.0, 0.0])
+  assert (interval.mean, interval.high, interval.n) == (1.0, 1.0, 2)
+  np.testing.assert_allclose(interval.low, 0.025**0.5)
+  assert math.isnan(shares([0, 0], [0, 0]).low)
+
+
+def test_between_the_extremes_a_share_is_bootstrapped():
+  x = np.random.default_rng(0).random(30)
+  ones = np.ones(30)
+  assert shares(x) == bootstrap_interval(x, ones, resamples=200, seed=0)
+
+
+def test_what_exceeds_its_whole_is_no_share():
+  with pytest.raises(ValueError, match="must lie within 0 and what"):
+    shares([25.0, 31.0])
