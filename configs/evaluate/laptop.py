@@ -24,7 +24,7 @@ def get_config():
   c.evaluation = dict(
     seed=0,
     levels=(2, 3, 4, 5, 6, 7),
-    levels_trained=(2, 3, 4, 5),
+    levels_trained=(2, 3, 4, 5),  # the headline: those that RL draws
     problems_per_level=128,
     samples_per_problem=8,
     ks=(1, 8),

@@ -111,7 +111,6 @@ class Stages:
         "response_length": measure(40.0 - (name == "rl")),
         "levels": {"2": {"pass_at_1": measure(accuracy)}},
         "levels_trained": [2],
-        "levels_beyond": [],
       },
     )
 
