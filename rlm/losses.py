@@ -21,6 +21,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.product import einsum
 from rlm.models.transformer import Transformer, head_kernel
 
 Batch = dict[str, Any]  # arrays by name
@@ -103,16 +104,9 @@ def _softmax(
   n_tokens = hidden.shape[0]
   # Ids that no tokenizer produces are cut off, which masks them for nothing.
   head = head[:, :n_vocab_used].astype(hidden.dtype)
-  exact = hidden.dtype == jnp.float32  # a GPU would round to TF32
 
   def merge(seen, head_chunk, first_id):
-    logits = jnp.einsum(
-      "ND,DV->NV",
-      hidden,
-      head_chunk,
-      precision=jax.lax.Precision.HIGHEST if exact else None,
-      preferred_element_type=jnp.float32,
-    )
+    logits = einsum("ND,DV->NV", hidden, head_chunk)
     return _merge(seen, logits / temperature, first_id, targets)
 
   # Finite, as -inf - -inf is not a number; below any float32 logit that

@@ -18,6 +18,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.product import einsum, exact_sums
+
 IMPLEMENTATIONS = ("ragged", "blocks")
 
 
@@ -82,15 +84,7 @@ def grouped_matmul(
       f"{x.shape[0]} rows are not a multiple of {row_alignment=}. Pad x."
     )
   if name == "ragged":
-    # A GPU would round float32 to TF32 by default.
-    exact = x.dtype == jnp.float32
-    return jax.lax.ragged_dot(
-      x,
-      w,
-      group_sizes,
-      precision=jax.lax.Precision.HIGHEST if exact else None,
-      preferred_element_type=jnp.float32,
-    )
+    return jax.lax.ragged_dot(x, w, group_sizes, **exact_sums(x.dtype))
   return _block_matmul(x, w, group_sizes, row_alignment)
 
 
@@ -111,9 +105,7 @@ def _block_matmul_fwd(x, w, group_sizes, size):
   blocks = x.shape[0] // size
   owner = _block_groups(group_sizes, blocks, size)
   x_blocks = x.reshape(blocks, size, -1)
-  y = jnp.einsum(
-    "nrd,ndf->nrf", x_blocks, w[owner], preferred_element_type=jnp.float32
-  )
+  y = einsum("nrd,ndf->nrf", x_blocks, w[owner])
   return y.reshape(x.shape[0], -1), (x, w, owner)
 
 
@@ -123,17 +115,10 @@ def _block_matmul_bwd(size, residuals, dy):
   x, w, owner = residuals
   blocks = x.shape[0] // size
   dy_blocks = dy.astype(x.dtype).reshape(blocks, size, -1)
-  dx = jnp.einsum(
-    "nrf,ndf->nrd", dy_blocks, w[owner], preferred_element_type=jnp.float32
-  )
-  dw_blocks = jnp.einsum(
-    "nrd,nrf->ndf",
-    x.reshape(blocks, size, -1),
-    dy_blocks,
-    preferred_element_type=jnp.float32,
-  )
+  dx = einsum("nrf,ndf->nrd", dy_blocks, w[owner])
+  dw_blocks = einsum("nrd,nrf->ndf", x.reshape(blocks, size, -1), dy_blocks)
   one_hot = jax.nn.one_hot(owner, w.shape[0], dtype=jnp.float32)
-  dw = jnp.einsum("ne,ndf->edf", one_hot, dw_blocks)
+  dw = einsum("ne,ndf->edf", one_hot, dw_blocks)
   return dx.reshape(x.shape).astype(x.dtype), dw.astype(w.dtype), None
 
 

@@ -9,20 +9,10 @@ parts of one softmax computed apart combine exactly (`combine`).
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.product import einsum, exact_sums
+
 # Finite, so that a row without any key gives zeros and not NaN.
 MASKED = -1e30
-
-
-def _product(dtype) -> dict:
-  """Float32 sums; exact products of float32, which a GPU would round to TF32.
-
-  The two forms agree within 1e-4 only so, and bfloat16 is exact anyhow.
-  """
-  exact = dtype == jnp.float32
-  return {
-    "precision": jax.lax.Precision.HIGHEST if exact else None,
-    "preferred_element_type": jnp.float32,
-  }
 
 
 def attention_mask(
@@ -64,15 +54,10 @@ def _softmax(scores: jax.Array, mask: jax.Array):
 def _attend_batched(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
   """All heads in one batched product, the rope key never broadcast."""
   dtype = q_nope.dtype
-  scores = jnp.einsum("BTNH,BSNH->BNTS", q_nope, k_nope, **_product(dtype))
-  scores += jnp.einsum("BTNR,BSR->BNTS", q_rope, k_rope, **_product(dtype))
+  scores = einsum("BTNH,BSNH->BNTS", q_nope, k_nope)
+  scores += einsum("BTNR,BSR->BNTS", q_rope, k_rope)
   probs, lse = _softmax(scores * scale, mask)
-  out = jnp.einsum(
-    "BNTS,BSNh->BTNh",
-    probs.astype(dtype),
-    v,
-    **_product(dtype),
-  )
+  out = einsum("BNTS,BSNh->BTNh", probs.astype(dtype), v)
   return out.astype(dtype), lse
 
 
@@ -90,19 +75,14 @@ def _attend_by_head(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
   for n in range(q_nope.shape[2]):
     q = jnp.concatenate([q_nope[:, :, n], q_rope[:, :, n]], axis=-1)
     k = jnp.concatenate([k_nope[:, :, n], k_rope], axis=-1)
-    scores = jnp.einsum("BTK,BSK->BTS", q, k, **_product(dtype))
+    scores = einsum("BTK,BSK->BTS", q, k)
     scores = scores * scale + penalty
     top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     # A row without keys has top = MASKED and would give weights of 1.
     weights = jnp.exp(scores - jnp.maximum(top, MASKED / 2))
     total = weights.sum(axis=-1)
     safe = jnp.where(total > 0, total, 1.0)
-    out = jnp.einsum(
-      "BTS,BSh->BTh",
-      weights.astype(dtype),
-      v[:, :, n],
-      **_product(dtype),
-    )
+    out = einsum("BTS,BSh->BTh", weights.astype(dtype), v[:, :, n])
     outs.append((out / safe[..., None]).astype(dtype))
     lses.append(jnp.where(total > 0, jnp.log(safe) + top[..., 0], -jnp.inf))
   return jnp.stack(outs, axis=2), jnp.stack(lses, axis=1)
@@ -220,7 +200,7 @@ def mla_decode(
   # The query leads and heads are rows: einsum would put the cache first, whose
   # product the CPU forms ten times slower.
   rows = q.swapaxes(1, 2).reshape(b, n * t, -1)
-  scores = jnp.matmul(rows, kv, **_product(q.dtype))
+  scores = jnp.matmul(rows, kv, **exact_sums(q.dtype))
   scores = scores.reshape(b, n, t, -1)
   probs, lse = _softmax(scores * scale, mask)
   # Over the rotated rows too: cutting them off first would copy the cache.
@@ -228,7 +208,7 @@ def mla_decode(
     probs.astype(q.dtype).reshape(b, n * t, -1),
     kv,
     (((2,), (2,)), ((0,), (0,))),
-    **_product(q.dtype),
+    **exact_sums(q.dtype),
   )
   out = out.reshape(b, n, t, -1)[..., :kv_lora_rank].swapaxes(1, 2)
   return out.astype(q.dtype), lse

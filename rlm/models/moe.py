@@ -14,6 +14,7 @@ from rlm.kernels.grouped_matmul import (
   grouped_matmul,
   row_alignment,
 )
+from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
 from rlm.models.layers import SwiGLU, dot, linear, normal_init
 
@@ -207,14 +208,14 @@ _dispatch.defvjp(lambda x, slots: (_dispatch(x, slots), slots), _dispatch_bwd)
 @jax.custom_vjp
 def _combine(y, gates, slots):
   """float32 [M, D], gates [N, K] -> sum over K of gate * row, [N, D]."""
-  return jnp.einsum("NK,NKD->ND", gates, y[slots.choice])
+  return einsum("NK,NKD->ND", gates, y[slots.choice])
 
 
 def _combine_bwd(residuals, dout):
   y, gates, slots = residuals
   gate = _take_rows(gates.reshape(-1, 1), slots.gate_of)
   dy = gate * _take_rows(dout, slots.token)
-  dgates = jnp.einsum("ND,NKD->NK", dout, y[slots.choice])
+  dgates = einsum("ND,NKD->NK", dout, y[slots.choice])
   return dy, dgates, None
 
 
@@ -256,7 +257,7 @@ def routed_experts_dense(x, gates, expert_ids, weights):
   gate_proj, up_proj, down_proj = (w.astype(x.dtype) for w in weights)
   n_experts = gate_proj.shape[0]
   one_hot = jax.nn.one_hot(expert_ids, n_experts, dtype=jnp.float32)
-  gate_NE = jnp.einsum("NK,NKE->NE", gates, one_hot)
+  gate_NE = einsum("NK,NKE->NE", gates, one_hot)
   gate = dot("ND,EDF->ENF", x, gate_proj)
   up = dot("ND,EDF->ENF", x, up_proj)
   h = (nn.silu(gate) * up).astype(jnp.float32) * gate_NE.T[:, :, None]

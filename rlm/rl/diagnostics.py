@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.product import einsum
 from rlm.models.transformer import Transformer, head_kernel
 
 
@@ -81,12 +82,7 @@ def make_diagnostics(
     head = head_kernel(variables, cfg)[:, : cfg.n_vocab_used]
 
     def probs(states):
-      logits = jnp.einsum(
-        "TD,DV->TV",
-        states,
-        head.astype(states.dtype),
-        preferred_element_type=jnp.float32,
-      )
+      logits = einsum("TD,DV->TV", states, head.astype(states.dtype))
       return jax.nn.softmax(logits / temperature, axis=-1)
 
     return jax.lax.map(

@@ -11,6 +11,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.product import einsum
+
 
 def request_uniforms(key_data: jax.Array, index: jax.Array) -> jax.Array:
   """The uniform number of token `index` of each request.
@@ -83,9 +85,7 @@ def _gather(values, ids):
 def _pick(weights, target):
   """First index whose running sum passes `target`, and what is left of it."""
   n = weights.shape[-1]
-  sums = jnp.matmul(
-    weights, jnp.triu(jnp.ones((n, n), jnp.float32)), precision="highest"
-  )
+  sums = einsum("Bi,ij->Bj", weights, jnp.triu(jnp.ones((n, n), jnp.float32)))
   ids = jnp.arange(n, dtype=jnp.int32)[None]
   # If rounding put the target past the end, the first token that has weight.
   order = jnp.where(sums > target[:, None], ids, ids + n)

@@ -14,6 +14,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.product import einsum
 from rlm.models.mla import LatentCache
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.sampling.draw import request_uniforms
@@ -60,14 +61,7 @@ class Drawn(NamedTuple):
 
 def next_token_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
   """float32 [B, V] of hidden [B, D] and head [D, V], both of one dtype."""
-  exact = hidden.dtype == jnp.float32  # a GPU would round to TF32
-  return jnp.einsum(
-    "BD,DV->BV",
-    hidden,
-    head,
-    precision=jax.lax.Precision.HIGHEST if exact else None,
-    preferred_element_type=jnp.float32,
-  )
+  return einsum("BD,DV->BV", hidden, head)
 
 
 def empty_slots(model: Transformer, slots: int, capacity: int) -> Slots:

@@ -39,7 +39,7 @@ def products(jaxpr):
     if equation.primitive.name.startswith(("dot_general", "ragged_dot")):
       yield equation
     for value in jax.tree.leaves(
-      equation.params.values(), is_leaf=lambda x: hasattr(x, "eqns")
+      list(equation.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
     ):
       inner = getattr(value, "jaxpr", value)
       if hasattr(inner, "eqns"):

@@ -1,0 +1,34 @@
+"""How exact a product is: one decision, for every matrix product of rlm.
+
+A product takes its operands as they are and sums in float32. One of float32
+is exact: by default a GPU would round its operands to TF32 and a TPU to
+bfloat16, and then the trainer and the sampler, whose shapes differ, would not
+agree within 1e-4. The CPU multiplies in float32 either way.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def exact_sums(dtype: Any) -> dict[str, Any]:
+  """Keywords of a product of operands of `dtype`, for any function of jax."""
+  exact = jnp.dtype(dtype) == jnp.float32
+  return {
+    "precision": jax.lax.Precision.HIGHEST if exact else None,
+    "preferred_element_type": jnp.float32,
+  }
+
+
+def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+  """`jnp.einsum` of two arrays of one dtype; float32, as it was summed.
+
+  Raises:
+    TypeError: the dtypes differ, so that neither says how exact it must be.
+  """
+  if x.dtype != y.dtype:
+    raise TypeError(
+      f"einsum {subscripts} of {x.dtype} and {y.dtype}. Cast one of them."
+    )
+  return jnp.einsum(subscripts, x, y, **exact_sums(x.dtype))
