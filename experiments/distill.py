@@ -8,6 +8,7 @@ probabilities, only its verified traces, a `messages` JSONL file.  The student
 is the same Transformer without experts; `init_from` is its own pretraining.
 """
 
+import pathlib
 from typing import Any
 
 from experiments import launch, pretrain, sft
@@ -34,6 +35,12 @@ def check(cfg: Config) -> None:
       " the path of the teacher's file."
     )
   sft.check_isolated(cfg)
+
+
+def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
+  """As pretraining's, and `check`."""
+  check(cfg)
+  pretrain.check_inputs(cfg, pending)
 
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:

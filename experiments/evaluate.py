@@ -17,8 +17,12 @@ from typing import Any
 from experiments import launch
 from rlm import files
 from rlm.config import build
+from rlm.data.tokenizer import Tokenizer, load_tokenizer
 from rlm.eval.config import EvaluationConfig
 from rlm.models.config import ModelConfig
+from rlm.tasks.base import Problem, Task
+from rlm.tasks.registry import make_task
+from rlm.tasks.room import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,32 +48,62 @@ class Config:
   prompt_length: int
 
 
-def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
-  """Evaluates, unless `workdir` holds the result; returns the summary."""
-  from rlm.checkpoint.manager import restore_part
-  from rlm.data.tokenizer import load_tokenizer
-  from rlm.eval.evaluate import evaluate, heldout_problems
-  from rlm.jsonl import JsonlWriter
-  from rlm.models.transformer import Transformer
-  from rlm.progress import Progress
-  from rlm.rewards.registry import REWARDS, Scorer
-  from rlm.sampling.sampler import Sampler, SamplingConfig
-  from rlm.stopping import Stopped, catch_signals
-  from rlm.tasks.registry import make_task
-  from rlm.workdir import open_workdir
+def prepare(
+  cfg: Config, tokenizer_name: str, model_cfg: ModelConfig
+) -> tuple[Task, Tokenizer, Any]:
+  """What asks, spells and samples; nothing is compiled.
 
-  # --- Config and model ------------------------------------------------------
-  cfg = build(Config, c)
+  Args:
+    cfg: the config.
+    tokenizer_name: of the run that is evaluated.
+    model_cfg: likewise.
+
+  Returns:
+    task, tokenizer and Sampler.
+
+  Raises:
+    ValueError: what the config asks for cannot be had, or does not fit.
+  """
+  from rlm.eval.evaluate import heldout_problems
+
+  task = make_task(cfg.task)
+  problems = heldout_problems(task, cfg.evaluation)
+  tokenizer = load_tokenizer(tokenizer_name)
+  return (
+    task,
+    tokenizer,
+    make_sampler(cfg, task, problems, tokenizer, model_cfg),
+  )
+
+
+def make_sampler(
+  cfg: Any,
+  task: Task,
+  problems: list[Problem],
+  tokenizer: Tokenizer,
+  model_cfg: ModelConfig,
+) -> Any:
+  """The Sampler of completions that are scored, once problems are seen to fit.
+
+  Args:
+    cfg: a config with the keys sampling, slots and prompt_length.
+    task: the family.
+    problems: what will be asked.
+    tokenizer: of the model.
+    model_cfg: the model.
+
+  Raises:
+    ValueError: sizes that do not fit, or stop tokens.
+  """
+  from rlm.models.transformer import Transformer
+  from rlm.sampling.sampler import Sampler, SamplingConfig
+
   sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
   if sampling.stop_tokens:
     raise ValueError(
       f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
       " end a completion that is scored. Leave it empty."
     )
-  task = make_task(cfg.task)
-  heldout_problems(task, cfg.evaluation)  # that there are so many, is seen now
-  tokenizer_name, model_cfg = model_of(cfg.init_from)
-  tokenizer = load_tokenizer(tokenizer_name)
   sampler = Sampler(
     Transformer(model_cfg),
     sampling,
@@ -78,6 +112,29 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     eos_token=tokenizer.eos_id,
     pad_token=tokenizer.pad_id,
   )
+  check_room(
+    task,
+    problems,
+    tokenizer,
+    prompt_length=cfg.prompt_length,
+    max_new_tokens=sampling.max_new_tokens,
+  )
+  return sampler
+
+
+def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
+  """Evaluates, unless `workdir` holds the result; returns the summary."""
+  from rlm.checkpoint.manager import restore_part
+  from rlm.eval.evaluate import evaluate
+  from rlm.jsonl import JsonlWriter
+  from rlm.progress import Progress
+  from rlm.rewards.registry import REWARDS, Scorer
+  from rlm.stopping import Stopped, catch_signals
+  from rlm.workdir import open_workdir
+
+  # --- Config and model ------------------------------------------------------
+  cfg = build(Config, c)
+  task, tokenizer, sampler = prepare(cfg, *model_of(cfg.init_from))
   folder = open_workdir(workdir, c)
   if folder.summary is not None:
     folder.say_finished(console)

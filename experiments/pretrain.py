@@ -9,13 +9,17 @@ summary.json; the same command continues it.
 """
 
 import dataclasses
+import pathlib
 from typing import Any, Literal
 
 from experiments import launch
 from rlm.config import build
-from rlm.data.sources import DataConfig
+from rlm.data.sources import DataConfig, check_sources
+from rlm.data.tokenizer import Tokenizer, load_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
+from rlm.tasks.base import Task
+from rlm.tasks.registry import make_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,12 +173,10 @@ def make_training(cfg: Config):
 
   model = Transformer(cfg.model)
   tx = make_optimizer(cfg.optimizer)
-  mtp_schedule = None
-  if isinstance(cfg.mtp_weight, ScheduleConfig):
-    mtp_schedule = make_schedule(cfg.mtp_weight)
+  mtp_schedule = make_schedule(cfg.mtp_weight)
   loss_fn = make_pretrain_loss(
     model,
-    mtp_weight=cfg.mtp_weight if isinstance(cfg.mtp_weight, float) else None,
+    train_mtp=cfg.mtp_weight != 0,
     balance_weight=cfg.balance_weight,
   )
   train_step = make_train_step(
@@ -193,11 +195,51 @@ def make_training(cfg: Config):
   def step(state, batch, key):
     depth = cfg.model.num_nextn_predict_layers
     batch = global_weights(batch, mtp_depth=depth)
-    if mtp_schedule is not None:
-      batch["mtp_weight"] = mtp_schedule(state.step)
+    batch["mtp_weight"] = mtp_schedule(state.step)
     return train_step(state, batch, key)
 
   return model, start, step
+
+
+def prepare(cfg: Config) -> tuple[Tokenizer, dict[str, Task]]:
+  """The tokenizer and the tasks of a run, checked against its config.
+
+  Raises:
+    ValueError: they cannot be made, or the model has another vocabulary.
+  """
+  tokenizer = load_tokenizer(cfg.tokenizer)
+  if tokenizer.n_vocab_used != cfg.model.n_vocab_used:
+    raise ValueError(
+      f"config.model.n_vocab_used={cfg.model.n_vocab_used}, but the tokenizer"
+      f" {cfg.tokenizer!r} uses {tokenizer.n_vocab_used} ids. Set it to that."
+    )
+  return tokenizer, {
+    name: make_task(section, f"config.tasks.{name}")
+    for name, section in cfg.tasks.items()
+  }
+
+
+def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
+  """Raises ValueError where `run` would once it reads its data; trains nothing.
+
+  Args:
+    cfg: the config.
+    pending: a recipe's folder, whose files are yet to be written.
+  """
+  from rlm.eval.heldout import worked_problems
+
+  tokenizer, tasks = prepare(cfg)
+  check_sources(cfg.data, tokenizer, tasks, seed=cfg.seed, pending=pending)
+  if cfg.eval.task is not None:
+    worked_problems(
+      tasks[cfg.eval.task],
+      tokenizer,
+      levels=cfg.eval.levels,
+      problems_per_level=cfg.eval.problems_per_level,
+      seed=cfg.seed,
+      batch_size=cfg.eval.batch_rows,
+      row_length=cfg.data.row_length,
+    )
 
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
@@ -225,28 +267,17 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import CheckpointManager
   from rlm.data import pipeline
-  from rlm.data.tokenizer import load_tokenizer
   from rlm.eval import heldout as heldout_lib
   from rlm.jsonl import read_jsonl
   from rlm.metrics import MetricsWriter, is_due
   from rlm.optim.schedule import batch_rows
   from rlm.progress import Progress
   from rlm.stopping import Stopped, catch_signals
-  from rlm.tasks.registry import make_task
   from rlm.train import split_microbatches
   from rlm.workdir import open_workdir
 
   launch.check_one_process()
-  tokenizer = load_tokenizer(cfg.tokenizer)
-  if tokenizer.n_vocab_used != cfg.model.n_vocab_used:
-    raise ValueError(
-      f"config.model.n_vocab_used={cfg.model.n_vocab_used}, but the tokenizer"
-      f" {cfg.tokenizer!r} uses {tokenizer.n_vocab_used} ids. Set it to that."
-    )
-  tasks = {
-    name: make_task(section, f"config.tasks.{name}")
-    for name, section in cfg.tasks.items()
-  }
+  tokenizer, tasks = prepare(cfg)
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   if folder.summary is not None:
     folder.say_finished(console)

@@ -153,6 +153,62 @@ def evaluation_config(
   }
 
 
+def check_plan(
+  cfg: Config, plan: dict[str, tuple[Any, dict[str, Any]]], root: pathlib.Path
+) -> None:
+  """Raises ValueError for what any stage would refuse once its turn comes.
+
+  Data, levels, lengths and models are looked at; nothing is compiled.
+
+  Args:
+    cfg: the recipe.
+    plan: stage -> `stage_config`, in order.
+    root: the recipe's folder, in which later stages find earlier ones.
+  """
+  from experiments import evaluate
+  from rlm.checkpoint.initial import check_same_model
+  from rlm.models.config import ModelConfig
+
+  folders = [root / name for name in cfg.order]
+  models: dict[str, ModelConfig] = {}  # by the folder of their stage
+  for name, (experiment, config) in plan.items():
+    where = f"config.stages.{name}"
+    typed = build(experiment.Config, config, where)
+    source = models.get(config["init_from"])
+    if source is None and config["init_from"] in map(str, folders):
+      raise ValueError(
+        f"{where}.init_from={cfg.stages[name]['init_from']!r} is a stage that"
+        " trains no model. Name one that does."
+      )
+    if cfg.stages[name]["evaluate"] and "model" not in config:
+      raise ValueError(
+        f"{where}.evaluate=True, but the stage trains no model. Set it to"
+        " False."
+      )
+    try:
+      if "model" in config:
+        if source is not None:
+          saved = dataclasses.asdict(source)
+          check_same_model(config["init_from"], saved, typed.model)
+        models[str(root / name)] = typed.model
+        experiment.check_inputs(typed, pending=root)
+      else:
+        tokenizer = cfg.tokenizer
+        if source is None:
+          tokenizer, source = evaluate.model_of(config["init_from"])
+        experiment.prepare(typed, tokenizer, source)
+    except ValueError as error:
+      raise ValueError(f"stage {name!r}: {error}") from error
+    if cfg.stages[name]["evaluate"]:
+      asked = build(
+        evaluate.Config, evaluation_config(cfg, name, root), "config.evaluate"
+      )
+      try:
+        evaluate.prepare(asked, cfg.tokenizer, models[str(root / name)])
+      except ValueError as error:
+        raise ValueError(f"the evaluation of {name!r}: {error}") from error
+
+
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Runs the recipe, or continues it; returns its summary."""
   import rich.console
@@ -169,8 +225,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   cfg = build(Config, plain(c))
   root = pathlib.Path(workdir)
   plan = {name: stage_config(cfg, name, root) for name in cfg.order}
-  for name in cfg.order:
-    build(evaluate.Config, evaluation_config(cfg, name, root), "evaluate")
+  check_plan(cfg, plan, root)
   console = console or rich.console.Console()
   folder = open_workdir(root, c)
 

@@ -16,9 +16,13 @@ import pathlib
 from typing import Any
 
 from experiments import launch
-from experiments.evaluate import model_of
+from experiments.evaluate import make_sampler, model_of
 from rlm.config import build
+from rlm.data.tokenizer import Tokenizer, load_tokenizer
+from rlm.models.config import ModelConfig
 from rlm.rl.config import RejectionConfig
+from rlm.tasks.base import Problem, Task
+from rlm.tasks.registry import make_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +54,31 @@ class Config:
 MAY_CHANGE = ("init_from",)
 
 
+def prepare(
+  cfg: Config, tokenizer_name: str, model_cfg: ModelConfig
+) -> tuple[Task, list[Problem], Tokenizer, Any]:
+  """What is asked, what spells and what samples; nothing is compiled.
+
+  Args:
+    cfg: the config.
+    tokenizer_name: of the run that answers.
+    model_cfg: likewise.
+
+  Returns:
+    task, problems, tokenizer and Sampler.
+
+  Raises:
+    ValueError: what the config asks for cannot be had, or does not fit.
+  """
+  from rlm.rl.rejection import draw_problems
+
+  task = make_task(cfg.task)
+  problems = draw_problems(task, cfg.rejection, cfg.seed)
+  tokenizer = load_tokenizer(tokenizer_name)
+  sampler = make_sampler(cfg, task, problems, tokenizer, model_cfg)
+  return task, problems, tokenizer, sampler
+
+
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Samples, or continues the run in `workdir`; returns its summary."""
   import jax
@@ -58,40 +87,20 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import restore_variables
   from rlm.data.chat import save_messages
-  from rlm.data.tokenizer import load_tokenizer
   from rlm.eval.evaluate import trace_record
   from rlm.jsonl import JsonlWriter, read_jsonl
   from rlm.metrics import MetricsWriter
-  from rlm.models.transformer import Transformer
   from rlm.progress import Progress
   from rlm.rewards.registry import REWARDS, Scorer
   from rlm.rl import rejection
-  from rlm.sampling.sampler import Sampler, SamplingConfig
   from rlm.stopping import Stopped, catch_signals
-  from rlm.tasks.registry import make_task
   from rlm.workdir import open_workdir
 
   # --- Config, problems and model --------------------------------------------
   cfg = build(Config, c)
-  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
-  if sampling.stop_tokens:
-    raise ValueError(
-      f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
-      " end a completion that is scored. Leave it empty."
-    )
-  task = make_task(cfg.task)
-  problems = rejection.draw_problems(task, cfg.rejection, cfg.seed)
-  scorer = Scorer(task, dict.fromkeys(REWARDS, 1.0))  # verdicts alone count
   tokenizer_name, model_cfg = model_of(cfg.init_from)
-  tokenizer = load_tokenizer(tokenizer_name)
-  sampler = Sampler(
-    Transformer(model_cfg),
-    sampling,
-    slots=cfg.slots,
-    prompt_length=cfg.prompt_length,
-    eos_token=tokenizer.eos_id,
-    pad_token=tokenizer.pad_id,
-  )
+  task, problems, tokenizer, sampler = prepare(cfg, tokenizer_name, model_cfg)
+  scorer = Scorer(task, dict.fromkeys(REWARDS, 1.0))  # verdicts alone count
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   if folder.summary is not None:
     folder.say_finished(console)

@@ -13,16 +13,21 @@ same command continues it, to the bit.
 """
 
 import dataclasses
+import pathlib
 import time
 import zlib
 from typing import Any, Literal
 
 from experiments import launch
 from rlm.config import build
+from rlm.data.tokenizer import Tokenizer, load_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
 from rlm.rl.config import ObjectiveConfig, SelectionConfig
 from rlm.rl.curriculum import CurriculumConfig
+from rlm.tasks.base import Task
+from rlm.tasks.registry import make_task
+from rlm.tasks.room import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +115,60 @@ class Config:
 MAY_CHANGE = ("init_from", "checkpoint_every_steps", "keep_checkpoints")
 
 
+def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:
+  """What asks, judges, spells and samples; nothing is compiled.
+
+  Returns:
+    task, Scorer, tokenizer and Sampler.
+
+  Raises:
+    ValueError: what the config asks for cannot be had, does not fit, or could
+      never be rewarded.
+  """
+  from rlm.models.transformer import Transformer
+  from rlm.rewards.registry import Scorer
+  from rlm.sampling.sampler import Sampler, SamplingConfig
+
+  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
+  check_sampling(sampling)
+  task = make_task(cfg.task)
+  task.check_levels(cfg.curriculum.levels, "config.curriculum.levels")
+  scorer = Scorer(task, cfg.rewards)
+  tokenizer = load_tokenizer(cfg.tokenizer)
+  check_vocabulary(cfg.model, tokenizer)
+  sampler = Sampler(
+    Transformer(cfg.model),
+    sampling,
+    slots=cfg.slots,
+    prompt_length=cfg.prompt_length,
+    eos_token=tokenizer.eos_id,
+    pad_token=tokenizer.pad_id,
+  )
+  check_room(
+    task,
+    [
+      problem
+      for level in cfg.curriculum.levels
+      for problem in task.examples(level, "train", 50)
+    ],
+    tokenizer,
+    prompt_length=cfg.prompt_length,
+    max_new_tokens=sampling.max_new_tokens,
+  )
+  return task, scorer, tokenizer, sampler
+
+
+def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
+  """Raises ValueError where `run` would before it samples; compiles nothing.
+
+  Args:
+    cfg: the config.
+    pending: a recipe's folder, whose files are yet to be written.
+  """
+  del pending  # nothing but `init_from` is read
+  prepare(cfg)
+
+
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Trains, or continues the run in `workdir`; returns its summary."""
   import jax
@@ -119,15 +178,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm import flops
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import CheckpointManager
-  from rlm.data.tokenizer import load_tokenizer
   from rlm.eval.evaluate import trace_record
   from rlm.jsonl import JsonlWriter, read_jsonl
   from rlm.metrics import MetricsWriter, is_due
-  from rlm.models.transformer import Transformer
   from rlm.optim.optimizer import make_optimizer
   from rlm.optim.schedule import make_schedule
   from rlm.progress import Progress
-  from rlm.rewards.registry import Scorer
   from rlm.rl import curriculum as curricula
   from rlm.rl.advantages import advantages_of, tied_groups
   from rlm.rl.learner import Learner
@@ -137,31 +193,15 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.rl.rollout import collect
   from rlm.rl.selection import make_minibatch, split_rows
   from rlm.rl.state import RLState, copy_variables
-  from rlm.sampling.sampler import Sampler, SamplingConfig
   from rlm.stopping import Stopped, catch_signals
-  from rlm.tasks.registry import make_task
   from rlm.train import init_state
   from rlm.workdir import open_workdir
 
   # --- Config: every mistake is met here, before anything is compiled. -------
   cfg = build(Config, c)
   launch.check_one_process()
-  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
-  check_sampling(sampling)
-  task = make_task(cfg.task)
-  task.check_levels(cfg.curriculum.levels, "config.curriculum.levels")
-  scorer = Scorer(task, cfg.rewards)
-  tokenizer = load_tokenizer(cfg.tokenizer)
-  check_vocabulary(cfg.model, tokenizer)
-  model = Transformer(cfg.model)
-  sampler = Sampler(
-    model,
-    sampling,
-    slots=cfg.slots,
-    prompt_length=cfg.prompt_length,
-    eos_token=tokenizer.eos_id,
-    pad_token=tokenizer.pad_id,
-  )
+  task, scorer, tokenizer, sampler = prepare(cfg)
+  model, sampling = sampler.model, sampler.sampling
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   if folder.summary is not None:
     folder.say_finished(console)

@@ -9,6 +9,7 @@ with tagged=1.0) or "messages" (a JSONL file, also the one that rejection
 sampling writes); a source of pretraining data beside them is replay.
 """
 
+import pathlib
 from typing import Any
 
 from experiments import launch, pretrain
@@ -37,6 +38,12 @@ def check_isolated(cfg: Config) -> None:
         f"config.data.sources.{name}.layout='cross_document' lets a response"
         " read other documents. Use 'isolated', or 'single' for one to a row."
       )
+
+
+def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
+  """As pretraining's, and `check`."""
+  check(cfg)
+  pretrain.check_inputs(cfg, pending)
 
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:

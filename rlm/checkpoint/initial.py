@@ -13,6 +13,7 @@ import numpy as np
 from rlm import files
 from rlm.checkpoint.manager import restore_variables
 from rlm.config import plain
+from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
 from rlm.workdir import differences
 
@@ -52,23 +53,41 @@ def initial_variables(
   if init_from is None:
     return random_variables(model, key)
   folder = pathlib.Path(init_from)
-  changed = ""
   if (folder / "config.json").exists():
     saved = files.read_json(folder / "config.json").get("model", {})
-    given = files.to_json(plain(dataclasses.asdict(model.cfg)))
-    changed = differences(
-      {k: v for k, v in saved.items() if k not in _MAY_DIFFER},
-      {k: v for k, v in given.items() if k not in _MAY_DIFFER and k in saved},
-    )
-  if not changed:
-    variables = restore_variables(folder / "checkpoints")
-    changed = differences(_layout(variables), _layout(shapes(model)))
+    check_same_model(init_from, saved, model.cfg)
+  variables = restore_variables(folder / "checkpoints")
+  _refuse(init_from, differences(_layout(variables), _layout(shapes(model))))
+  return variables
+
+
+def check_same_model(
+  init_from: str, saved: dict[str, Any], cfg: ModelConfig
+) -> None:
+  """Checks that a run's weights are of the model that shall start from them.
+
+  Args:
+    init_from: folder of the run, for the message.
+    saved: the section `model` of its config.
+    cfg: the model.
+
+  Raises:
+    ValueError: fields differ that change the weights or what they mean.
+  """
+  given = files.to_json(plain(dataclasses.asdict(cfg)))
+  changed = differences(
+    {k: v for k, v in saved.items() if k not in _MAY_DIFFER},
+    {k: v for k, v in given.items() if k not in _MAY_DIFFER and k in saved},
+  )
+  _refuse(init_from, changed)
+
+
+def _refuse(init_from: str, changed: str) -> None:
   if changed:
     raise ValueError(
       f"config.init_from={init_from!r} holds another model; saved -> needed:\n"
       f"{changed}\nGive config.model the values of that run."
     )
-  return variables
 
 
 def random_variables(model: Transformer, key: jax.Array) -> Any:

@@ -204,6 +204,19 @@ class Task(abc.ABC):
       " the fraction towards 0.5."
     )
 
+  def examples(self, level: int, split: str, count: int) -> list[Problem]:
+    """Problems that show what a level is like; some may be equal.
+
+    Args:
+      level: one of `levels`.
+      split: "train" or "heldout".
+      count: how many; a family that holds a list of problems gives them all.
+
+    Raises:
+      ValueError: as `problem`.
+    """
+    return [self.problem(0, index, level, split) for index in range(count)]
+
   def distinct_problems(
     self, seed: int, count: int, level: int, split: str
   ) -> list[Problem]:

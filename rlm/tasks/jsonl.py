@@ -70,6 +70,12 @@ class Jsonl(Task):
 
   def problem(self, seed: int, index: int, level: int, split: str) -> Problem:
     """Task.problem; index // n is the pass over the n problems."""
+    pool = self.examples(level, split, 0)
+    epoch, place = divmod(int(index), len(pool))
+    return self._order(seed, epoch, level, split)[place]
+
+  def examples(self, level: int, split: str, count: int) -> list[Problem]:
+    """All problems of a level and split; Task.examples."""
     self.check_levels((level,), "problem()")
     self._share(split)
     pool = self._pools[level, split]
@@ -79,8 +85,7 @@ class Jsonl(Task):
         f" {level}. Add problems, drop the level or move"
         f" heldout_fraction={self.heldout_fraction} towards 0.5."
       )
-    epoch, place = divmod(int(index), len(pool))
-    return self._order(seed, epoch, level, split)[place]
+    return pool
 
   def problem_of(self, prompt: str) -> Problem | None:
     """The file's problem of this prompt; Task.problem_of."""

@@ -63,7 +63,7 @@ def get_config():
   c.prompts_per_step, c.group_size = 2, 16
   c.rewards = dict(accuracy=1.0, format=0.1)
   c.sampling = dict(
-    temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=6, stop_tokens=()
+    temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=34, stop_tokens=()
   )
   c.slots, c.prompt_length = 32, 16
   c.replay_routes = True

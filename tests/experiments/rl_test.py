@@ -240,6 +240,14 @@ def evaluate_config(run):
       r"config.curriculum.levels asks .* level 9",
     ),
     ({"model.n_vocab_used": 300, "model.vocab_size": 300}, r"uses 268 ids"),
+    (
+      {"prompt_length": 8},
+      r"prompt_length=8 has no room for .* level 3, 13 tokens",
+    ),
+    (
+      {"sampling.max_new_tokens": 30},
+      r"max_new_tokens=30 cuts off every worked solution of level 3: .* has 34",
+    ),
     ({"objective.name": "gpro"}, r"config.objective.name: .* 'grpo'"),
     ({"objective.clip_high": -0.1}, r"clip_high=-0\.1 is negative"),
     ({"selection.microbatch_rows": 3}, r"rows_per_rollout=32 does not split"),
@@ -255,15 +263,6 @@ def test_mistakes_stop_before_anything_is_computed(tmp_path, change, error):
   with pytest.raises(ValueError, match=error):
     rl.run(c, tmp_path / "run")
   assert not (tmp_path / "run").exists()
-
-
-def test_a_prompt_longer_than_its_room(tmp_path):
-  c = get_config()
-  c.prompt_length = 8
-  with pytest.raises(
-    ValueError, match=r"more than the room of prompt_length=8"
-  ):
-    rl.run(c, tmp_path)
 
 
 def test_evaluating_what_is_no_run(tmp_path):
