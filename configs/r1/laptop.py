@@ -168,7 +168,7 @@ def get_config():
     selection=dict(
       rows="untied",
       rows_per_rollout=128,
-      num_minibatches=1,
+      num_minibatches=2,
       microbatch_rows=32,
     ),
     optimizer=muon | dict(b2=0.98, muon=None),
@@ -242,11 +242,11 @@ def get_config():
       init_from="stage:cold_start",
       steps=80,
       schedule=dict(
-        peak=7e-4,
+        peak=5e-4,  # steps here are updates, two a rollout
         phases=(
-          dict(shape="linear", steps=5, factor=1.0),
-          dict(shape="constant", steps=51, factor=1.0),
-          dict(shape="linear", steps=24, factor=0.05),
+          dict(shape="linear", steps=10, factor=1.0),
+          dict(shape="constant", steps=102, factor=1.0),
+          dict(shape="linear", steps=48, factor=0.05),
         ),
       ),
       checkpoint_every_steps=20,
@@ -303,10 +303,10 @@ def get_config():
       steps=15,
       curriculum=rl["curriculum"] | dict(start_level=5),
       schedule=dict(
-        peak=5e-4,
+        peak=3e-4,
         phases=(
-          dict(shape="linear", steps=2, factor=1.0),
-          dict(shape="linear", steps=13, factor=0.05),
+          dict(shape="linear", steps=4, factor=1.0),
+          dict(shape="linear", steps=26, factor=0.05),
         ),
       ),
       checkpoint_every_steps=15,
