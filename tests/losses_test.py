@@ -256,7 +256,15 @@ def test_the_loss_is_its_definition():
   )
   assert aux.metrics["tokens"] == 15
   np.testing.assert_array_equal(aux.expert_load.sum(axis=1), 15 * 2)
-  np.testing.assert_array_equal(aux.mtp_expert_load.sum(axis=1), 15 * 2)
+  # Positions whose input, 1 or 2 tokens on, is of their document.
+  segments = batch["segment_ids"]
+  inside = [
+    ((segments[:, n:] == segments[:, :-n]) & (segments[:, n:] > 0)).sum()
+    for n in (1, 2)
+  ]
+  np.testing.assert_array_equal(
+    aux.mtp_expert_load.sum(axis=1), np.multiply(inside, 2)
+  )
 
 
 def test_nothing_is_learned_from_masked_or_foreign_tokens():

@@ -1,5 +1,6 @@
 """One pre-norm layer: attention, then a dense or a routed feed-forward."""
 
+import jax.numpy as jnp
 from flax import linen as nn
 
 from rlm.models.config import ModelConfig
@@ -33,14 +34,35 @@ class Block(nn.Module):
     out, routing = self.ffn(h, segment_ids, expert_ids)
     return x + out, routing
 
-  def __call__(self, x, rotations, positions, segment_ids, expert_ids):
-    """Expanded form: x [B, T, D] -> x, (LayerCache, Routing or None)."""
-    out, cache = self.attn(self.attn_norm(x), rotations, positions, segment_ids)
+  def __call__(
+    self, x, rotations, positions, segment_ids, expert_ids, counted=None
+  ):
+    """Expanded form.
+
+    Args:
+      x: [B, T, D].
+      rotations: cos, sin of `rope_rotations`.
+      positions: int32 [B, T].
+      segment_ids: int32 [B, T]; 0 is padding.
+      expert_ids: int32 [B, T, K] to replay routes, or None.
+      counted: bool [B, T], tokens in the statistics of the routing; None for
+        all but padding.
+
+    Returns:
+      x, and a pair: the layer's cache entries [B, C + R, T] (see LatentCache),
+      and Routing, None without experts.
+    """
+    out, layer = self.attn(self.attn_norm(x), rotations, positions, segment_ids)
+    if counted is not None:
+      segment_ids = jnp.where(counted, segment_ids, 0)
     x, routing = self._feed_forward(x + out, segment_ids, expert_ids)
-    return x, (cache, routing)
+    return x, (layer, routing)
 
   def decode(self, x, rotations, layer, lengths, segment_ids):
-    """Absorbed form: x [B, 1, D] -> x, (entry, Routing or None)."""
+    """Absorbed form of one token: x [B, 1, D] -> x, (layer, Routing or None).
+
+    layer: [B, C + R, S] of LatentCache, before and after; lengths: int32 [B].
+    """
     out, layer = self.attn.decode(self.attn_norm(x), rotations, layer, lengths)
     x, routing = self._feed_forward(x + out, segment_ids, None)
     return x, (layer, routing)

@@ -28,11 +28,15 @@ class Routing:
     expert_load: float32 [E], tokens sent to each expert, padding excluded.
     balance_loss: float32 [B], the sequence-wise loss of each row, without
       alpha (V3 eq. 17-20); 0 for a row without tokens.
+    flips: bool [B, T], tokens that the router would send to other experts than
+      the replayed ones, from a state that the layers below reached by replayed
+      routes; False in padding, and all False where routes are chosen.
   """
 
   expert_ids: jax.Array
   expert_load: jax.Array
   balance_loss: jax.Array
+  flips: jax.Array
 
 
 def expert_scores(logits: jax.Array, scoring_func: str) -> jax.Array:
@@ -100,6 +104,13 @@ def route(
   if cfg.norm_topk_prob:
     gates /= gates.sum(axis=-1, keepdims=True) + 1e-20  # as released
   return expert_ids, gates * cfg.routed_scaling_factor, scores
+
+
+def route_flips(chosen: jax.Array, replayed: jax.Array) -> jax.Array:
+  """Whether two choices differ as sets; int32 [..., K] twice -> bool [...]."""
+  # Neither holds an expert twice, so that one inclusion is equality.
+  found = (chosen[..., :, None] == replayed[..., None, :]).any(axis=-1)
+  return ~found.all(axis=-1)
 
 
 def count_experts(expert_ids: jax.Array, n_experts: int) -> jax.Array:
@@ -308,8 +319,14 @@ class MoE(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, x, segment_ids, expert_ids=None):
-    """Args: x [B, T, D]; segment_ids, expert_ids as in `Transformer`."""
+  def __call__(self, x, segment_ids, replayed=None):
+    """Output and Routing.
+
+    Args:
+      x: [B, T, D].
+      segment_ids: int32 [B, T]; 0 leaves a token out of the statistics.
+      replayed: int32 [B, T, K], the experts to use, or None to choose.
+    """
     c = self.cfg
     init, dtype = normal_init(c), jnp.dtype(c.param_dtype)
     d, e, f = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
@@ -324,7 +341,7 @@ class MoE(nn.Module):
     )
     # The gate is float32 whatever the model's dtype (sheet 2.4).
     logits = linear(x.astype(jnp.float32), router)
-    expert_ids, gates, scores = route(logits, expert_bias.value, c, expert_ids)
+    expert_ids, gates, scores = route(logits, expert_bias.value, c, replayed)
     k = c.num_experts_per_tok
     out = routed_experts(
       x.reshape(-1, d), gates.reshape(-1, k), expert_ids.reshape(-1, k), weights
@@ -333,9 +350,14 @@ class MoE(nn.Module):
       out += SwiGLU(c, width=c.n_shared_experts * f, name="shared")(x)
     mask = segment_ids != 0
     chosen = count_experts(expert_ids, e) * mask[..., None]
+    flips = jnp.zeros_like(mask)
+    if replayed is not None:  # XLA drops it where nobody asks
+      free = select_experts(scores, expert_bias.value, c)
+      flips = route_flips(free, replayed) & mask
     routing = Routing(
       expert_ids=expert_ids,
       expert_load=chosen.sum(axis=(0, 1)),
       balance_loss=sequence_balance_loss(scores, mask, k),
+      flips=flips,
     )
     return out, routing

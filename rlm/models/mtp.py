@@ -21,8 +21,22 @@ class MTPModule(nn.Module):
   cfg: ModelConfig
 
   @nn.compact
-  def __call__(self, hidden, embedded, rotations, positions, segment_ids):
-    """[B, T, D], embedding of each position's next input [B, T, D]."""
+  def __call__(
+    self, hidden, embedded, rotations, positions, segment_ids, counted
+  ):
+    """One depth further.
+
+    Args:
+      hidden: [B, T, D].
+      embedded: [B, T, D], of the token that each position reads.
+      rotations: cos, sin of `rope_rotations`.
+      positions: int32 [B, T].
+      segment_ids: int32 [B, T].
+      counted: bool [B, T] of `reads_own_segment`.
+
+    Returns:
+      [B, T, D], and Routing (None without experts).
+    """
     c = self.cfg
     shape = (2 * c.hidden_size, c.hidden_size)
     dtype = jnp.dtype(c.param_dtype)
@@ -36,7 +50,7 @@ class MTPModule(nn.Module):
     )
     x = linear(joined, proj)
     block = Block(c, routed=not c.is_dense, name="block")
-    x, (_, routing) = block(x, rotations, positions, segment_ids, None)
+    x, (_, routing) = block(x, rotations, positions, segment_ids, None, counted)
     return RMSNorm(c, name="norm")(x), routing
 
 
@@ -52,3 +66,22 @@ def next_inputs(tokens: jax.Array, depth: int) -> jax.Array:
     they predict past its end, where no target is.
   """
   return jnp.stack([jnp.roll(tokens, -1 - k, axis=1) for k in range(depth)])
+
+
+def reads_own_segment(segment_ids: jax.Array, depth: int) -> jax.Array:
+  """Where the input of module k belongs to the position that reads it.
+
+  Elsewhere a state predicts nothing, so that its routes must not count.
+
+  Args:
+    segment_ids: int32 [B, T]; 0 is padding.
+    depth: D.
+
+  Returns:
+    bool [D, B, T], False in padding and where `next_inputs` wraps round.
+  """
+  length = segment_ids.shape[1]
+  place = jnp.arange(length, dtype=jnp.int32)[None, None]
+  ahead = 1 + jnp.arange(depth, dtype=jnp.int32)[:, None, None]
+  own = next_inputs(segment_ids, depth) == segment_ids[None]
+  return own & (segment_ids != 0)[None] & (place + ahead < length)

@@ -16,7 +16,7 @@ from rlm.models.config import ModelConfig
 from rlm.models.layers import Embedding, RMSNorm, normal_init
 from rlm.models.mla import LatentCache
 from rlm.models.moe import Routing, update_expert_bias
-from rlm.models.mtp import MTPModule, next_inputs
+from rlm.models.mtp import MTPModule, next_inputs, reads_own_segment
 from rlm.models.rope import rope_rotations
 
 Variables = Any  # Flax's {"params": tree, "router": tree}
@@ -142,7 +142,8 @@ class Transformer(nn.Module):
       mtp_hidden: [depth, B, T, D]; depth k at position t predicts
         tokens[t + 2 + k]. Where that lies in another segment the state is
         meaningless and the caller's loss leaves it out.
-      routing: Routing with leading axis `depth`.
+      routing: Routing with leading axis `depth`; its load and balance count the
+        positions whose input lies in their own segment.
 
     Raises:
       ValueError: the model has no MTP modules.
@@ -155,16 +156,18 @@ class Transformer(nn.Module):
       )
     rotations = self._rotations(positions)
 
-    def body(module, hidden, embedded):
+    def body(module, hidden, xs):
+      embedded, counted = xs
       hidden, routing = module(
-        hidden, embedded, rotations, positions, segment_ids
+        hidden, embedded, rotations, positions, segment_ids, counted
       )
       return hidden, (hidden, routing)
 
     # Outside the scan: what a lifted body closes over cannot make parameters.
     embedded = self.embed(next_inputs(tokens, depth))
+    counted = reads_own_segment(segment_ids, depth)
     _, (states, routing) = self._scan(
-      body, self.mtp_modules, depth, hidden, embedded
+      body, self.mtp_modules, depth, hidden, (embedded, counted)
     )
     return states, _no_routing(c, hidden) if c.is_dense else routing
 
@@ -227,6 +230,7 @@ def _no_routing(cfg: ModelConfig, x: jax.Array) -> Routing:
     expert_ids=jnp.zeros((0, b, t, cfg.num_experts_per_tok), jnp.int32),
     expert_load=jnp.zeros((0, experts), jnp.float32),
     balance_loss=jnp.zeros((0, b), jnp.float32),
+    flips=jnp.zeros((0, b, t), bool),
   )
 
 

@@ -278,6 +278,14 @@ def test_the_form_follows_the_number_of_tokens(monkeypatch):
   assert taken == ["dense", "grouped"]
 
 
+def test_a_flip_is_another_set_of_experts():
+  # Equal; in another order; one other expert; all others.
+  chosen = np.array([[0, 1], [2, 3], [0, 2], [0, 3]])
+  replayed = np.array([[0, 1], [3, 2], [0, 1], [1, 2]])
+  flips = moe.route_flips(chosen, replayed)
+  np.testing.assert_array_equal(flips, [False, False, True, True])
+
+
 def moe_case(**changes):
   """Module, x [2, 4, D] and segments with padding."""
   module = moe.MoE(tiny_config(**{**families.FAMILIES["v3"], **changes}))

@@ -4,13 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlm.models.mtp import next_inputs
+from rlm.models.mtp import next_inputs, reads_own_segment
 from tests.models.families import (
   DOCUMENTS,
   differentiate,
   model_of,
   no_cotangents,
   packed_rows,
+  predicts,
   variables_of,
 )
 
@@ -23,6 +24,16 @@ def test_next_inputs():
   inputs = next_inputs(tokens, 2)
   np.testing.assert_array_equal(inputs[0, :, :3], tokens[:, 1:])
   np.testing.assert_array_equal(inputs[1, :, :2], tokens[:, 2:])
+
+
+def test_positions_that_read_their_own_segment():
+  # One segment that fills the row, where the inputs of its end wrap into it.
+  whole = jnp.ones((1, 4), jnp.int32)
+  np.testing.assert_array_equal(
+    reads_own_segment(whole, 2)[:, 0], [[1, 1, 1, 0], [1, 1, 0, 0]]
+  )
+  segment_ids = packed_rows()[2]
+  np.testing.assert_array_equal(reads_own_segment(segment_ids, 2), predicts(2))
 
 
 @pytest.mark.parametrize("name", ["v3", "dense"])

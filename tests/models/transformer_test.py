@@ -149,6 +149,10 @@ def test_padding_changes_nothing(name):
   np.testing.assert_array_equal(
     outputs["routing"].balance_loss, want["routing"].balance_loss
   )
+  if "mtp_routing" in want:  # though a document's last position reads padding
+    got, expected = outputs["mtp_routing"], want["mtp_routing"]
+    np.testing.assert_array_equal(got.expert_load, expected.expert_load)
+    np.testing.assert_array_equal(got.balance_loss, expected.balance_loss)
   assert_trees_close(gradients, want_gradients)
 
 
@@ -174,12 +178,17 @@ def test_load_counts_the_experts_of_real_tokens():
   cfg = model_of("v3").cfg
   outputs, _ = outputs_and_gradients("v3")
   real = packed_rows()[2] != 0
-  for part in ("routing", "mtp_routing"):
+  for part, masks in (
+    ("routing", [real] * cfg.num_moe_layers),
+    ("mtp_routing", predicts(cfg.num_nextn_predict_layers)),
+  ):
     routing = outputs[part]
-    for ids, load in zip(routing.expert_ids, routing.expert_load, strict=True):
-      counts = np.bincount(ids[real].ravel(), minlength=cfg.n_routed_experts)
+    for ids, load, mask in zip(
+      routing.expert_ids, routing.expert_load, masks, strict=True
+    ):
+      counts = np.bincount(ids[mask].ravel(), minlength=cfg.n_routed_experts)
       np.testing.assert_array_equal(load, counts)
-      assert load.sum() == cfg.num_experts_per_tok * real.sum()
+      assert load.sum() == cfg.num_experts_per_tok * mask.sum()
 
 
 def test_a_row_of_padding_has_no_balance_loss_and_finite_gradients():
@@ -206,6 +215,7 @@ def test_replayed_routes():
   chosen = want["routing"].expert_ids
   hidden, routing = replay(variables, *rows, chosen)
   np.testing.assert_allclose(hidden, want["hidden"], rtol=1e-6, atol=1e-6)
+  assert not routing.flips.any() and not want["routing"].flips.any()
 
   # Routes that no gate would choose, out of order, and padding as a sampler
   # leaves it, with one expert for all of K.
@@ -215,6 +225,24 @@ def test_replayed_routes():
   np.testing.assert_allclose(hidden[real], expected[real], rtol=1e-5, atol=1e-5)
   np.testing.assert_array_equal(routing.expert_ids, other)
   assert routing.expert_load.sum() == other[:, real].size
+  # The first layer sees the state that it saw when it was free.
+  moved = (np.sort(chosen[0]) != np.sort(other[0])).any(axis=-1) & real
+  np.testing.assert_array_equal(routing.flips[0], moved)
+  assert moved.any()
+
+
+def test_a_flip_is_of_the_router_and_not_of_the_routes_above():
+  model, rows = model_of("v3"), packed_rows()
+  variables, real = variables_of("v3"), rows[2] != 0
+  replay = fast_jit(model.apply)
+  chosen = outputs_and_gradients("v3")[0]["routing"].expert_ids
+  row, t = np.argwhere(real)[0]
+  other = np.array(chosen)
+  # In the last layer, one token to an expert that it did not choose.
+  unused = set(range(8)) - set(other[-1, row, t].tolist())
+  other[-1, row, t, 0] = min(unused)
+  flips = np.asarray(replay(variables, *rows, other)[1].flips)
+  assert np.argwhere(flips).tolist() == [[len(other) - 1, row, t]]
 
 
 def test_bfloat16_over_float32_parameters():
