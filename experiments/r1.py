@@ -209,6 +209,21 @@ def check_plan(
         raise ValueError(f"the evaluation of {name!r}: {error}") from error
 
 
+def check_headline(cfg: Config) -> None:
+  """Raises ValueError unless the headline is over the levels that RL draws."""
+  after = cfg.rl_gain[1]
+  if "curriculum" not in cfg.stages[after]:
+    return  # no RL: the pair is of other stages
+  drawn = cfg.stages[after]["curriculum"]["levels"]
+  headline = cfg.evaluate["evaluation"]["levels_trained"]
+  if set(drawn) != set(headline):
+    raise ValueError(
+      f"config.evaluate.evaluation.levels_trained={tuple(headline)}, but"
+      f" stages.{after}.curriculum.levels={tuple(drawn)}: the headline is over"
+      " the levels that RL draws. Make them the same."
+    )
+
+
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Runs the recipe, or continues it; returns its summary."""
   import rich.console
@@ -216,6 +231,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from experiments import evaluate
   from rlm.report.accuracy_table import accuracy_tables
   from rlm.report.html import write_report
+  from rlm.report.run_folder import read_run
   from rlm.stopping import Stopped, catch_signals
   from rlm.workdir import open_workdir
 
@@ -226,6 +242,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   root = pathlib.Path(workdir)
   plan = {name: stage_config(cfg, name, root) for name in cfg.order}
   check_plan(cfg, plan, root)
+  check_headline(cfg)
   console = console or rich.console.Console()
   folder = open_workdir(root, c)
 
@@ -254,7 +271,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
   # --- What a person takes away. ---------------------------------------------
   report = write_report(root)
-  console.print(accuracy_tables(summary))
+  console.print(accuracy_tables(read_run(root)))
   took = time.monotonic() - began
   console.print(f"This start took {took // 60:.0f}:{took % 60:02.0f}.")
   console.print(f"Report: {report}", soft_wrap=True, markup=False)
@@ -285,7 +302,8 @@ def summarise(
     seconds: of each stage with its evaluation and compilation.
 
   Returns:
-    stages (name, seconds, tokens, flops, and what was measured after it), seed,
+    stages (name, seconds, tokens, flops, what was measured after it, and under
+    "evaluation" the cost of that, whose seconds the stage's include), seed,
     seconds_total, rl_gain_points (of pass@1, with those given format beside
     it), distill, model (total and activated parameters) and flops.
   """
@@ -302,6 +320,10 @@ def summarise(
       }
       | {k: v for k, v in measured.items() if k not in shared}
     )
+    if name in evaluations:
+      stages[-1]["evaluation"] = {
+        key: measured.get(key) for key in ("seconds", "tokens", "flops")
+      }
 
   def points(measure, pair):
     before, after = (evaluations[name][measure]["mean"] for name in pair)
@@ -317,6 +339,7 @@ def summarise(
       "model": results[after]["model"],
     }
   flops = [stage["flops"] for stage in stages]
+  flops += [measured.get("flops") for measured in evaluations.values()]
   return {
     "stages": stages,
     "seed": cfg.seed,

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from markupsafe import Markup
 
@@ -24,19 +24,28 @@ _MEASURES = (
 
 @dataclasses.dataclass(frozen=True)
 class Interval:
-  """A mean with its 95% interval, as fractions; n problems behind it."""
+  """A mean as a fraction, with n problems behind it.
+
+  Attributes:
+    mean: the estimate.
+    ends: (low, high) of its 95% interval; None where none was measured.
+    n: problems; None where not said.
+  """
 
   mean: float
-  low: float
-  high: float
+  ends: tuple[float, float] | None
   n: int | None
 
   def __str__(self) -> str:
-    return f"{percent(self.mean)}% [{percent(self.low)}, {percent(self.high)}]"
+    if self.ends is None:
+      return f"{percent(self.mean)}%"
+    low, high = map(percent, self.ends)
+    return f"{percent(self.mean)}% [{low}, {high}]"
 
   @property
   def bounds(self) -> str:
-    return f"{percent(self.low)} – {percent(self.high)}"
+    """The interval alone; "" where there is none."""
+    return "" if self.ends is None else " – ".join(map(percent, self.ends))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,16 +56,14 @@ class Evaluation:
     name: the stage.
     measures: name in the summary -> Interval; see `measure_labels`.
     levels: level -> the same.
-    trained: levels that training drew; the headline is over these.
-    beyond: levels harder than any of them.
+    headline: levels that `measures` are over.
     n_problems, n_samples: its size; None if not said.
   """
 
   name: str
   measures: dict[str, Interval]
   levels: dict[int, dict[str, Interval]]
-  trained: frozenset[int]
-  beyond: frozenset[int]
+  headline: frozenset[int]
   n_problems: int | None
   n_samples: int | None
 
@@ -70,10 +77,7 @@ class Evaluation:
 
 
 def interval(value: object) -> Interval | None:
-  """{"mean", "low", "high", "n"} -> Interval; None without a finite mean.
-
-  Missing bounds are the mean itself: an interval of no width.
-  """
+  """{"mean", "low", "high", "n"} -> Interval; None without a finite mean."""
   if not isinstance(value, dict):
     return None
   mean, low, high, n = (value.get(k) for k in ("mean", "low", "high", "n"))
@@ -81,8 +85,7 @@ def interval(value: object) -> Interval | None:
     return None
   return Interval(
     mean=mean,
-    low=low if is_number(low) else mean,
-    high=high if is_number(high) else mean,
+    ends=(low, high) if is_number(low) and is_number(high) else None,
     n=int(n) if is_number(n) else None,
   )
 
@@ -110,8 +113,7 @@ def evaluation(name: str, record: Record) -> Evaluation:
     name=name,
     measures=_measures(record),
     levels=dict(sorted(by_level.items())),
-    trained=_levels(record.get("levels_trained")),
-    beyond=_levels(record.get("levels_beyond")),
+    headline=_levels(record.get("levels_trained")),
     n_problems=int(n_problems) if is_number(n_problems) else None,
     n_samples=int(n_samples) if is_number(n_samples) else None,
   )
@@ -147,13 +149,14 @@ def stage_figure(rows: Sequence[Evaluation]) -> Markup:
     value = row.measures["pass_at_1"]
     given = row.measures.get("pass_at_1_given_format")
     if given is not None:
-      axes.plot(
-        [given.low, given.high],
-        [y + 0.2] * 2,
-        color=svg.COLOURS["line2"],
-        lw=1.25,
-        alpha=0.7,
-      )
+      if given.ends is not None:
+        axes.plot(
+          given.ends,
+          [y + 0.2] * 2,
+          color=svg.COLOURS["line2"],
+          lw=1.25,
+          alpha=0.7,
+        )
       axes.plot(
         given.mean,
         y + 0.2,
@@ -164,9 +167,8 @@ def stage_figure(rows: Sequence[Evaluation]) -> Markup:
         mfc=svg.COLOURS["page"],
         mec=svg.COLOURS["line2"],
       )
-    axes.plot(
-      [value.low, value.high], [y - 0.1] * 2, color=svg.COLOURS["line1"], lw=2.5
-    )
+    if value.ends is not None:
+      axes.plot(value.ends, [y - 0.1] * 2, color=svg.COLOURS["line1"], lw=2.5)
     axes.plot(
       value.mean,
       y - 0.1,
@@ -192,19 +194,28 @@ def stage_figure(rows: Sequence[Evaluation]) -> Markup:
 
 
 def level_figure(
-  row: Evaluation, before: Evaluation | None, levels: Sequence[int]
+  row: Evaluation,
+  before: Evaluation | None,
+  levels: Sequence[int],
+  *,
+  shaded: Collection[int],
+  unseen: Collection[int],
 ) -> Markup:
   """pass@1 by level after one stage, over the stage before it in grey.
 
-  Hollow dots on a shaded ground are levels beyond all training.
+  Args:
+    row: the stage.
+    before: what it started from, if that was evaluated.
+    levels: on the axis, in order.
+    shaded: levels on a shaded ground.
+    unseen: levels with hollow dots.
   """
   figure, axes = svg.make_axes(150, width=190, left=34, right=6, bottom=36)
   positions = {level: x for x, level in enumerate(levels)}
-  beyond = [positions[level] for level in levels if level in row.beyond]
-  if beyond:
-    axes.axvspan(
-      min(beyond) - 0.5, max(beyond) + 0.5, color=svg.COLOURS["beyond"], lw=0
-    )
+  for level in levels:
+    if level in shaded:
+      x = positions[level]
+      axes.axvspan(x - 0.5, x + 0.5, color=svg.COLOURS["beyond"], lw=0)
   for each, colour, width in (
     (before, svg.COLOURS["faint"], 1.25),
     (row, svg.COLOURS["line1"], 1.75),
@@ -223,13 +234,9 @@ def level_figure(
       clip_on=False,
     )
     if each is row:
-      axes.vlines(
-        [x for x, _ in points],
-        [v.low for _, v in points],
-        [v.high for _, v in points],
-        color=colour,
-        lw=2.5,
-      )
+      for x, value in points:
+        if value.ends is not None:
+          axes.vlines(x, *value.ends, color=colour, lw=2.5)
       for x, value in points:
         axes.plot(
           x,
@@ -239,7 +246,7 @@ def level_figure(
           mew=1.5,
           mec=colour,
           clip_on=False,
-          mfc=svg.COLOURS["page"] if x in beyond else colour,
+          mfc=svg.COLOURS["page"] if levels[x] in unseen else colour,
         )
   axes.set_xlim(-0.5, len(levels) - 0.5)
   every = -(-len(levels) // 8)  # room for eight labels

@@ -1,9 +1,10 @@
 """Held-out accuracy after each stage, as tables for the terminal."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -13,97 +14,122 @@ from rlm.report.accuracy import (
   evaluation,
   measure_labels,
 )
-from rlm.report.run_folder import Record, summary_stages
+from rlm.report.authors import noisy_authors
+from rlm.report.lineage import level_note, rl_pair
+from rlm.report.run_folder import Run, summary_stages
 from rlm.report.text import is_number, percent, visible
 
 _WITH_INTERVAL = ("pass_at_1", "pass_at_1_given_format")
+_LEVELS_ABREAST = 7  # what 80 columns hold
 
 
-def accuracy_tables(summary: Record) -> Group:
+def accuracy_tables(run: Run) -> Group:
   """What a recipe run reached: a table by stage, and one by level.
 
-  Both are 80 columns wide or less at up to six levels. Print it with
-  `rich.console.Console().print(accuracy_tables(summary))`.
+  Both are 80 columns wide or less; more than seven levels take several tables.
+  Print it with `rich.console.Console().print(accuracy_tables(run))`.
 
   Args:
-    summary: the recipe's summary.json; stages without an evaluation have no
-      row.
+    run: the recipe's folder; stages without an evaluation in its summary have
+      no row, and its stages' configs say which levels they drew.
 
   Returns:
-    Tables in percent, with 95% intervals.
+    Tables in percent, with 95% intervals, and what has to be known of them.
   """
-  entries = [e for e in summary_stages(summary) if "pass_at_1" in e]
+  entries = [e for e in summary_stages(run.summary) if "pass_at_1" in e]
   rows = [evaluation(str(entry["name"]), entry) for entry in entries]
-  tables = [_by_stage(rows, [entry.get("seconds") for entry in entries])]
-  if any(row.levels for row in rows):
-    tables.append(_by_level(rows))
-  return Group(*tables)
+  shown: list[RenderableType] = [
+    _by_stage(rows, [entry.get("seconds") for entry in entries])
+  ]
+  levels = sorted({level for row in rows for level in row.levels})
+  notes = {level: level_note(level, run) for level in levels}
+  for first in range(0, len(levels), _LEVELS_ABREAST):
+    shown.append(
+      _by_level(rows, levels[first : first + _LEVELS_ABREAST], notes)
+    )
+  if pair := rl_pair(run, [row.name for row in rows]):
+    for authors in noisy_authors(run, pair[1]):
+      shown.append(Text(visible(f"About RL's gain: {authors.sentence}.")))
+  return Group(*shown)
 
 
-def _table(title: str, caption: str) -> Table:
+def _table(title: str) -> Table:
   return Table(
     title=title,
-    caption=caption,
     title_justify="left",
-    caption_justify="left",
     title_style="bold",
-    caption_style="dim",
     box=box.SIMPLE_HEAD,
+    padding=(0, 1, 0, 0),
     pad_edge=False,
   )
 
 
-def _by_stage(rows: Sequence[Evaluation], times: Sequence[object]) -> Table:
+def _with_caption(table: Table, caption: str) -> Group:
+  """A table's own caption would wrap at the table's width."""
+  return Group(table, Text(f"{caption}\n", "dim"))
+
+
+def _by_stage(rows: Sequence[Evaluation], times: Sequence[object]) -> Group:
   labels = measure_labels(rows)
   shown = [k for k in labels if k not in ("format", "steps_correct")]
-  table = _table(
-    "Held-out accuracy after each stage",
-    "percent, 95% interval; given format: among well-formed answers only",
-  )
+  table = _table("Held-out accuracy after each stage")
   table.add_column("stage")
   for key in shown:
     table.add_column(labels[key], justify="right", no_wrap=True)
   table.add_column("time", justify="right", no_wrap=True)
   for row, time in zip(rows, times, strict=True):
-    cells = [
-      _with_interval(row.measures.get(key))
-      if key in _WITH_INTERVAL
-      else _mean(row.measures.get(key))
-      for key in shown
-    ]
+    cells = []
+    for key in shown:
+      value = row.measures.get(key)
+      ends = value.ends if value and key in _WITH_INTERVAL else None
+      cells.append(_cell(value, map(percent, ends or ())))
     table.add_row(Text(visible(row.label)), *cells, _clock(time))
-  return table
-
-
-def _by_level(rows: Sequence[Evaluation]) -> Table:
-  levels = sorted({level for row in rows for level in row.levels})
-  beyond = frozenset().union(*(row.beyond for row in rows))
-  table = _table(
-    "pass@1 by level",
-    "* harder than the levels trained on" if beyond & {*levels} else "",
+  return _with_caption(
+    table, "percent, 95% interval; given format: among well-formed answers only"
   )
+
+
+def _by_level(
+  rows: Sequence[Evaluation], levels: Sequence[int], notes: Mapping[int, str]
+) -> Group:
+  """Bounds are whole percents, rounded outwards, so that seven levels fit."""
+  kinds = list(dict.fromkeys(notes[k] for k in levels if notes[k]))
+  stars = {note: "*" * (i + 1) for i, note in enumerate(kinds)}
+  marks = [f"{star} {note}" for note, star in stars.items()]
+  table = _table("pass@1 by level")
   table.add_column("stage", min_width=11)
   for level in levels:
-    star = "*" if level in beyond else ""
-    table.add_column(f"level {level}{star}", justify="right", no_wrap=True)
+    header = f"{level}{stars.get(notes[level], '')}"
+    table.add_column(header, justify="right", no_wrap=True)
   for row in rows:
     if row.levels:
-      cells = [
-        _with_interval(row.level_measure(k, "pass_at_1"), "\n") for k in levels
-      ]
+      cells = []
+      for level in levels:
+        value = row.level_measure(level, "pass_at_1")
+        ends = value.ends if value else None
+        cells.append(_cell(value, _outwards(*ends) if ends else ()))
       table.add_row(Text(visible(row.label)), *cells)
-  return table
+  caption = "; ".join(["no mark: drawn by RL", *marks] if marks else [])
+  return _with_caption(table, caption)
 
 
-def _mean(value: Interval | None) -> Text:
-  return Text("–" if value is None else percent(value.mean))
+def _outwards(low: float, high: float) -> tuple[str, str]:
+  """(0.124, 0.356) -> ("12", "36")."""
+  digits = 9  # 100 * 0.29 is 28.999999999999996
+  return (
+    f"{math.floor(round(100 * low, digits))}",
+    f"{math.ceil(round(100 * high, digits))}",
+  )
 
 
-def _with_interval(value: Interval | None, between: str = " ") -> Text:
+def _cell(value: Interval | None, bounds: Iterable[str]) -> Text:
+  """The mean, and below it its interval if there is one."""
   if value is None:
     return Text("–")
-  bounds = f"{percent(value.low)}–{percent(value.high)}"
-  return Text.assemble(percent(value.mean), between, (f"{bounds:>10}", "dim"))
+  under = "–".join(bounds)
+  return Text.assemble(
+    percent(value.mean), ("\n" + under if under else "", "dim")
+  )
 
 
 def _clock(value: object) -> str:

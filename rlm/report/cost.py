@@ -19,12 +19,14 @@ class StageCost:
   """One stage's cost; None where it was not recorded.
 
   Attributes:
-    label: the stage.
-    seconds: of the whole stage.
+    label: the stage, or all held-out evaluations together.
+    seconds: of the whole stage, its evaluation included.
     tokens: trained on or sampled.
     flops: by formula.
     tokens_per_second: median over steps, so that compilation does not count.
     mfu: share of the device's peak, median over steps.
+    is_evaluation: whether it is the evaluations' row, whose seconds are in
+      those of the stages.
   """
 
   label: str
@@ -33,10 +35,14 @@ class StageCost:
   flops: float | None
   tokens_per_second: float | None
   mfu: float | None
+  is_evaluation: bool = False
 
 
 def costs(run: Run) -> list[StageCost]:
-  """Costs by stage, in order; from the summaries, else from the records."""
+  """Costs by stage, in order; from the summaries, else from the records.
+
+  The held-out evaluations of a recipe follow as one row, if they were counted.
+  """
   entries = {str(e["name"]): e for e in summary_stages(run.summary)}
   stages = {stage.name: stage for stage in run.stages}
   found = []
@@ -61,6 +67,17 @@ def costs(run: Run) -> list[StageCost]:
     )
     if any(v is not None for v in (cost.seconds, cost.tokens, cost.flops)):
       found.append(cost)
+  evaluated = StageCost(
+    label="Held-out evaluations",
+    seconds=None,
+    tokens=total(e.get("tokens") for e in run.evaluations.values()),
+    flops=total(e.get("flops") for e in run.evaluations.values()),
+    tokens_per_second=None,
+    mfu=None,
+    is_evaluation=True,
+  )
+  if run.is_recipe and evaluated.flops is not None:
+    found.append(evaluated)
   return found
 
 

@@ -36,7 +36,10 @@ class Panel:
     text_entropies: the caller's references (entropies of the text) go here.
     smoothed: whether values are noisy enough for a moving average.
     whole: whole numbers, held from step to step.
-    idle: no panel where every value is this one: nothing happened.
+    idle: where every value is this one, nothing happened: no panel, or, if
+      `idle_note` says so, the panel with that note.
+    idle_note: a sentence; where every ratio is 1, that on-policy updates have
+      nothing to clip stands in its place.
   """
 
   title: str
@@ -50,7 +53,13 @@ class Panel:
   smoothed: bool = True
   whole: bool = False
   idle: float | None = None
+  idle_note: str = ""
 
+
+_ON_POLICY = (
+  "On-policy throughout: a rollout makes one update, so every ratio is 1 and"
+  " there is nothing to clip."
+)
 
 PANELS = (
   Panel(
@@ -155,6 +164,7 @@ PANELS = (
     fraction=True,
     limits=(0, None),
     idle=0.0,
+    idle_note="No token's ratio reached the clip.",
   ),
   Panel(
     "Probability ratio",
@@ -162,6 +172,7 @@ PANELS = (
     ((r"ratio/max", "largest"), (r"ratio/min", "smallest")),
     log=True,
     idle=1.0,
+    idle_note=_ON_POLICY,
   ),
   Panel(
     "Groups without signal",
@@ -190,8 +201,8 @@ PANELS = (
   ),
   Panel(
     "Expert routes that flip",
-    "Share of tokens that the trainer, left to itself, would send to other"
-    " experts than the sampler did.",
+    "Share of (layer, token) pairs that the trainer, left to itself, would"
+    " send to other experts than the sampler did.",
     ((r"route_flip_rate", "flips"),),
     fraction=True,
     limits=(0, None),
@@ -259,15 +270,25 @@ def charts(
     references: label -> bits per byte, drawn beside the held-out ones.
 
   Returns:
-    Charts in the table's order, over one common range of steps.
+    Charts in the table's order, over one common range of steps; see
+    `Panel.idle` for those in which nothing happened.
   """
   names = sorted({name for record in records for name in record})
   steps = series(records, "step").steps
+  ratios = [series(records, f"ratio/{end}").values for end in ("max", "min")]
+  on_policy = all(len(r) and (r == 1).all() for r in ratios)
   drawn = []
   for panel in PANELS:
     lines = _matches(panel, names, records)
-    if all((s.values == panel.idle).all() for _, s in lines):
+    if not lines:
       continue
+    if all((s.values == panel.idle).all() for _, s in lines):
+      if not panel.idle_note:
+        continue
+      note = _ON_POLICY if on_policy else panel.idle_note
+      panel = dataclasses.replace(
+        panel, explanation=f"{panel.explanation} {note}"
+      )
     reference = [] if panel.reference is None else [panel.reference]
     if panel.text_entropies:
       reference += [(value, label) for label, value in references.items()]

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from rlm.report.accuracy import Evaluation, Interval
-from rlm.report.lineage import beyond_note, distilled_pair, rl_pair
+from rlm.report.authors import noisy_authors
+from rlm.report.lineage import distilled_pair, level_note, rl_pair
 from rlm.report.run_folder import Run, inline_label
 from rlm.report.text import is_number
 
@@ -34,9 +35,11 @@ def change(what: str, before: Interval, after: Interval) -> str:
   """One sentence on a change, which says if the intervals overlap."""
   if abs(points(before, after)) < 0.05:
     return f"left {what} at {after}"
-  if after.low > before.high:
+  if before.ends is None or after.ends is None:
+    verb, tail = "moved", "; without intervals, so chance is not ruled out"
+  elif after.ends[0] > before.ends[1]:
     verb, tail = "raised", ""
-  elif after.high < before.low:
+  elif after.ends[1] < before.ends[0]:
     verb, tail = "lowered", ""
   else:
     verb, tail = "moved", "; the intervals overlap"
@@ -81,7 +84,8 @@ def _rl_findings(run: Run, pair: Pair) -> list[str]:
       before.measures["pass_at_1"],
       after.measures["pass_at_1"],
     )
-    + "."
+    + ".",
+    *(f"{authors.sentence}." for authors in noisy_authors(run, after.name)),
   ]
   given = [e.measures.get("pass_at_1_given_format") for e in pair]
   if given[0] is not None and given[1] is not None:
@@ -89,11 +93,12 @@ def _rl_findings(run: Run, pair: Pair) -> list[str]:
       "Counting only well-formed answers, which leaves out repair of the"
       " format, it " + change("accuracy", given[0], given[1]) + "."
     )
-  for level in sorted(after.beyond):
+  for level in after.levels:
     values = [e.level_measure(level, "pass_at_1") for e in pair]
-    if values[0] is not None and values[1] is not None:
+    note = level_note(level, run, after.name)
+    if note and values[0] is not None and values[1] is not None:
       found.append(
-        f"On level {level} ({beyond_note(level, run)}) it "
+        f"On level {level} ({note}) it "
         + change("accuracy", values[0], values[1])
         + "."
       )

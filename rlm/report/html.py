@@ -26,7 +26,15 @@ from rlm.report.cost import costs
 from rlm.report.curves import Chart, charts, expert_balance, text_entropies
 from rlm.report.expert_load import heatmaps
 from rlm.report.findings import findings
-from rlm.report.lineage import beyond_note, levels_seen, started_from
+from rlm.report.heldout_text import heldout_text
+from rlm.report.lineage import (
+  descent,
+  drawn_by_rl,
+  level_note,
+  levels_seen,
+  rl_pair,
+  started_from,
+)
 from rlm.report.overview import (
   evaluation_size,
   key_figures,
@@ -42,13 +50,13 @@ from rlm.report.run_folder import (
   flat,
   inline_label,
   read_run,
+  recipe_order,
   stage_label,
 )
 from rlm.report.traces import compare, samples
 
 _FOLDER = Path(__file__).parent
 _MAX_LINES = 250  # of a config or a run.json
-_OPEN = {"rl", "pretrain"}  # of many stages, those shown unfolded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +109,10 @@ def write_page(path: Path, template: str, context: dict[str, Any]) -> None:
     finalize=_visible,
   )
   environment.filters.update(
-    percent=text.percent, seconds=text.seconds, count=text.count
+    percent=text.percent,
+    seconds=text.seconds,
+    count=text.count,
+    bits=text.significant,
   )
   css = Markup((_FOLDER / "report.css").read_text(encoding="utf-8"))
   page = environment.get_template(template).render(context, css=css)
@@ -118,7 +129,8 @@ def _context(run: Run) -> dict[str, Any]:
   """Everything the template names."""
   rows = evaluations(run)
   levels = sorted({level for row in rows for level in row.levels})
-  beyond = sorted({b for row in rows for b in row.beyond} & {*levels})
+  notes = {level: level_note(level, run) for level in levels}
+  seen = levels_seen(run)
   training = [
     (stage, charts(stage.metrics, text_entropies(stage.summary)))
     for stage in run.stages
@@ -138,23 +150,25 @@ def _context(run: Run) -> dict[str, Any]:
     "notices": notices(run, rows),
     "findings": findings(run, rows),
     "evaluations": rows,
-    "evaluation_size": evaluation_size(rows),
+    "evaluation_size": evaluation_size(rows, drawn_by_rl(run)),
     "measures": measure_labels(rows),
     "stage_figure": stage_figure(rows) if rows else "",
-    "levels": [
-      (level, beyond_note(level, run) if level in beyond else "")
-      for level in levels
-    ],
+    "levels": list(notes.items()),
     "has_origin": any(origin.get(row.name) in by_name for row in rows),
     "seen": [
-      (stage_label(name), listed(seen))
-      for name, seen in levels_seen(run).items()
+      (stage_label(name), listed(drawn)) for name, drawn in seen.items()
     ],
     "level_figures": [
       Chart(
         row.label,
         "",
-        level_figure(row, by_name.get(origin.get(row.name)), levels),
+        level_figure(
+          row,
+          by_name.get(origin.get(row.name)),
+          levels,
+          shaded=[level for level in levels if notes[level]],
+          unseen=_unseen(run, row.name, levels),
+        ),
         [],
       )
       for row in rows
@@ -163,12 +177,14 @@ def _context(run: Run) -> dict[str, Any]:
     "comparisons": compared,
     "samples": [] if compared else samples(run),
     "inline": inline_label,
-    "rl_stages": _staged([p for p in training if is_rl[p[0].name]]),
-    "other_stages": _staged([p for p in training if not is_rl[p[0].name]]),
-    "expert_stages": _staged(experts),
+    "rl_stages": _staged(run, [p for p in training if is_rl[p[0].name]]),
+    "other_stages": _staged(run, [p for p in training if not is_rl[p[0].name]]),
+    "heldout_text": heldout_text(run),
+    "expert_stages": _staged(run, experts),
     "costs": stage_costs,
     "longest": max((c.seconds or 0 for c in stage_costs), default=0),
     "total_cost": total_cost(run, stage_costs),
+    "counts_evaluations": any(c.is_evaluation for c in stage_costs),
     "documents": _documents(run),
   }
   names = {
@@ -190,19 +206,36 @@ def _context(run: Run) -> dict[str, Any]:
 def _expert_charts(run: Run, stage: Stage) -> list[Chart]:
   balance = expert_balance(stage.metrics)
   drawn = [] if balance is None else [balance]
-  if stage.name in _OPEN or not run.is_recipe:
+  if stage.name in _unfolded(run) or not run.is_recipe:
     drawn = heatmaps(stage.metrics) + drawn
   return drawn
 
 
-def _staged(pairs: list[tuple[Stage, list[Chart]]]) -> list[StageCharts]:
+def _unseen(run: Run, name: str, levels: list[int]) -> list[int]:
+  """Levels that neither a stage nor what it descends from drew."""
+  seen = levels_seen(run)
+  line = [n for n in descent(run, name) if n in seen]
+  if not line:
+    return []
+  return [k for k in levels if not any(k in seen[n] for n in line)]
+
+
+def _unfolded(run: Run) -> set[str]:
+  """Of many stages, those shown open: the first, and the RL of the gain."""
+  pair = rl_pair(run, [stage.name for stage in run.stages])
+  return {recipe_order(run.config)[0], *(pair or ())[1:]}
+
+
+def _staged(
+  run: Run, pairs: list[tuple[Stage, list[Chart]]]
+) -> list[StageCharts]:
   """Stages with charts; all open if there is one, else the main ones."""
   kept = [(stage, drawn) for stage, drawn in pairs if drawn]
   return [
     StageCharts(
       stage.label,
       f"{len(stage.metrics):,} steps",
-      len(kept) == 1 or stage.name in _OPEN,
+      len(kept) == 1 or stage.name in _unfolded(run),
       drawn,
     )
     for stage, drawn in kept

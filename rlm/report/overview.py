@@ -4,9 +4,10 @@ from collections.abc import Iterable
 
 from rlm.report import text
 from rlm.report.accuracy import Evaluation
+from rlm.report.authors import noisy_authors
 from rlm.report.cost import StageCost, total
 from rlm.report.findings import evaluated_pair, points, signed
-from rlm.report.lineage import rl_pair
+from rlm.report.lineage import last_of_model, rl_pair
 from rlm.report.run_folder import Run, inline_label, stage_label
 
 
@@ -35,17 +36,24 @@ def key_figures(
       (
         "Gain by RL",
         f"{signed(points(before, after))} points",
-        f"held-out pass@1, over {inline_label(pair[0].label)}",
+        f"held-out pass@1, over {inline_label(pair[0].label)}"
+        + (
+          ", which learned from erring authors"
+          if noisy_authors(run, pair[0].name)
+          else ""
+        ),
       )
     )
   if rows:
-    last = next((r for r in rows if r.name == "rl_final"), rows[-1])
+    name = last_of_model(run, [r.name for r in rows])
+    last = next((r for r in rows if r.name == name), rows[-1])
     value = last.measures["pass_at_1"]
+    interval = f", 95%: {value.bounds}" if value.bounds else ""
     found.append(
       (
         f"Accuracy after {inline_label(last.label)}",
         f"{text.percent(value.mean)}%",
-        f"held-out pass@1, 95%: {value.bounds}",
+        f"held-out pass@1{interval}",
       )
     )
   summaries = [run.summary, *(stage.summary for stage in run.stages)]
@@ -66,16 +74,15 @@ def key_figures(
 
 
 def total_cost(run: Run, stage_costs: list[StageCost]) -> StageCost:
-  """The whole run's cost: as its summary says, else the stages' sum."""
+  """The sum of the rows; of time, what the summary says if it does."""
   seconds = run.summary.get("seconds_total")
-  flops = run.summary.get("flops")
   return StageCost(
     "Whole run",
     seconds
     if text.is_number(seconds)
     else total(c.seconds for c in stage_costs),
     total(c.tokens for c in stage_costs),
-    flops if text.is_number(flops) else total(c.flops for c in stage_costs),
+    total(c.flops for c in stage_costs),
     None,
     None,
   )
@@ -102,15 +109,22 @@ def notices(run: Run, rows: list[Evaluation]) -> list[str]:
   return found
 
 
-def evaluation_size(rows: list[Evaluation]) -> str:
-  """How many problems and answers, if it was the same after every stage."""
-  sizes = {(row.n_problems, row.n_samples, row.trained) for row in rows}
+def evaluation_size(rows: list[Evaluation], drawn: frozenset[int]) -> str:
+  """How many problems and answers, if it was the same after every stage.
+
+  Args:
+    rows: the evaluations.
+    drawn: levels that RL drew.
+  """
+  sizes = {(row.n_problems, row.n_samples, row.headline) for row in rows}
   if len(sizes) != 1:
     return ""
-  n_problems, n_samples, trained = sizes.pop()
+  n_problems, n_samples, headline = sizes.pop()
   if n_problems is None or n_samples is None:
     return ""
-  of = f" of the trained {listed(trained)}" if trained else ""
+  of = f" of {listed(headline)}" if headline else ""
+  if headline and headline == drawn:
+    of += ", those that RL draws"
   return f"{n_problems:,} problems{of}, each answered {n_samples} times."
 
 

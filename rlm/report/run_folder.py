@@ -27,6 +27,7 @@ STAGES = {
 }
 # What a study adds to a recipe's folder.
 CONTROLS = {"sft_control": "SFT control", "student_rl": "Student RL"}
+_COST = ("seconds", "tokens", "flops")
 _NOT_STAGES = {"evaluate", "traces", "tensorboard", "checkpoints"}
 
 Record = dict[str, Any]
@@ -212,7 +213,10 @@ def read_run(workdir: Path | str) -> Run:
     # evaluation folder that was not copied along.
     for entry in summary_stages(summary):
       if "pass_at_1" in entry:
-        evaluations.setdefault(str(entry["name"]), entry)
+        cost = entry.get("evaluation")  # the entry's own is the stage's
+        kept = {k: v for k, v in entry.items() if k not in _COST}
+        kept |= cost if isinstance(cost, dict) else {}
+        evaluations.setdefault(str(entry["name"]), kept)
     names = sorted(evaluations, key=place)
     evaluations = {name: evaluations[name] for name in names}
     stages = [read_stage(p) for p in folders]

@@ -7,14 +7,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-ACCURACY = {  # stage -> pass@1, and by level 2..6
-  "pretrain": (0.02, 0.05, 0.03, 0.01, 0.0, 0.0),
-  "cold_start": (0.36, 0.57, 0.45, 0.36, 0.26, 0.02),
-  "rl": (0.83, 0.95, 0.96, 0.93, 0.92, 0.31),
-  "sft": (0.74, 0.92, 0.9, 0.82, 0.75, 0.25),
-  "rl_final": (0.85, 0.97, 0.96, 0.95, 0.94, 0.38),
-  "student_pretrain": (0.04, 0.09, 0.05, 0.02, 0.01, 0.0),
-  "distill": (0.66, 0.88, 0.85, 0.72, 0.61, 0.12),
+ACCURACY = {  # stage -> pass@1, and by level 2..7
+  "pretrain": (0.02, 0.05, 0.03, 0.01, 0.0, 0.0, 0.0),
+  "cold_start": (0.36, 0.57, 0.45, 0.36, 0.26, 0.02, 0.0),
+  "rl": (0.83, 0.95, 0.96, 0.93, 0.92, 0.31, 0.04),
+  "sft": (0.74, 0.92, 0.9, 0.82, 0.75, 0.25, 0.02),
+  "rl_final": (0.85, 0.97, 0.96, 0.95, 0.94, 0.38, 0.05),
+  "student_pretrain": (0.04, 0.09, 0.05, 0.02, 0.01, 0.0, 0.0),
+  "distill": (0.66, 0.88, 0.85, 0.72, 0.61, 0.12, 0.0),
+}
+TASK = {
+  "name": "column_addition",
+  "heldout_fraction": 0.1,
+  "letters": "abcdefghij",
+  "forget_carry": 0.5,
+  "slip": 0.02,
 }
 SECONDS = {
   "pretrain": 118.2,
@@ -26,6 +33,7 @@ SECONDS = {
   "student_pretrain": 41.2,
   "distill": 19.0,
 }
+STUDENT = ("student_pretrain", "distill")
 ORIGIN = {
   "cold_start": "pretrain",
   "rl": "cold_start",
@@ -181,7 +189,9 @@ def stage_config(root: Path, name):
     config["data"] = {"sources": {"traces": {"path": path}}}
   else:
     levels = [2, 3] if name == "cold_start" else [2, 3, 4, 5, 6, 6]
-    config["data"] = {"sources": {"columns": {"levels": levels}, "stdlib": {}}}
+    columns = {"levels": levels, "task": TASK["name"], "author": "noisy"}
+    config["data"] = {"sources": {"columns": columns, "stdlib": {}}}
+    config["tasks"] = {TASK["name"]: TASK}
   return config
 
 
@@ -207,10 +217,12 @@ def write_stage(path: Path, name, records):
   summary = {"stage": name, "seconds": SECONDS[name], "flops": 2.5e12}
   if name == "pretrain":
     summary["heldout"] = {
+      "columns": {"bits_per_byte": 0.05, "unigram_bits_per_byte": None},
       "stdlib": {
+        "bits_per_byte": 2.78,
         "unigram_bits_per_byte": 4.71,
         "bigram_bits_per_byte": 3.62,
-      }
+      },
     }
   write_json(path / "summary.json", summary)
 
@@ -232,10 +244,11 @@ def write_recipe(root: Path, *, steps=120) -> Path:
         **measures(mean),
         "levels": {
           str(level): measures(value)
-          for level, value in zip(range(2, 7), by_level, strict=True)
+          for level, value in zip(range(2, 8), by_level, strict=True)
         },
         "levels_trained": [2, 3, 4, 5],
-        "levels_beyond": [6],
+        "tokens": 50_000,
+        "flops": 1e11,
       },
     )
     right = {"cold_start": 0.36, "rl": 0.85}.get(name, mean)
@@ -252,7 +265,7 @@ def write_recipe(root: Path, *, steps=120) -> Path:
       mean, *by_level = ACCURACY[stage["name"]]
       stage.update(measures(mean))
       stage["levels"] = {
-        str(k): measures(v) for k, v in zip(range(2, 7), by_level, strict=True)
+        str(k): measures(v) for k, v in zip(range(2, 8), by_level, strict=True)
       }
   write_json(
     root / "summary.json",
@@ -272,6 +285,10 @@ def write_recipe(root: Path, *, steps=120) -> Path:
       "seed": 0,
       "models": {"model": {"hidden_size": 64, "num_hidden_layers": 3}},
       "order": list(SECONDS),
+      "stages": {
+        name: {"model": "student" if name in STUDENT else "model"}
+        for name in SECONDS
+      },
       "rl_gain": ["cold_start", "rl"],
       "distilled": ["student_pretrain", "distill"],
     },

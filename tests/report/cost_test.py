@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import pytest
 
@@ -12,6 +13,24 @@ def test_costs_come_from_the_recipes_summary(recipe):
   assert found["RL"].seconds == 131.0
   assert found["RL"].tokens == 131_000 * 21
   assert found["RL"].flops == 2.5e12
+
+
+def test_evaluations_have_a_row_of_their_own(recipe):
+  last = costs(read_run(recipe))[-1]
+  assert last.is_evaluation and last.seconds is None
+  assert (last.tokens, last.flops) == (7 * 50_000, 7 * 1e11)
+  # The recipe's summary stands in for folders that were not copied along.
+  summary = json.loads((recipe / "summary.json").read_text())
+  for stage in summary["stages"]:
+    stage |= {"flops": 1e15, "evaluation": {"tokens": 1, "flops": 2.0}}
+  (recipe / "summary.json").write_text(json.dumps(summary))
+  shutil.rmtree(recipe / "evaluate")
+  last = costs(read_run(recipe))[-1]
+  assert (last.tokens, last.flops) == (7, 14.0)
+  for stage in summary["stages"]:
+    del stage["evaluation"]  # of an older run, which did not count it
+  (recipe / "summary.json").write_text(json.dumps(summary))
+  assert not any(c.is_evaluation for c in costs(read_run(recipe)))
 
 
 def test_a_running_stage_is_costed_by_its_records(recipe):

@@ -26,10 +26,23 @@ def test_where_nothing_happened_there_is_no_panel():
   steps = range(5)
   assert titles([{"step": s, "nonfinite": 0} for s in steps]) == []
   assert titles([{"step": 1, "nonfinite": 1}]) == ["Skipped updates"]
-  on_policy = [{"step": s, "ratio/max": 1.0, "ratio/min": 1.0} for s in steps]
-  assert titles(on_policy) == []
   # To learn nothing at all is news.
   assert titles([{"step": 1, "accuracy": 0.0}]) == ["Accuracy while training"]
+
+
+def test_on_policy_updates_are_said_to_have_nothing_to_clip():
+  still = {"clip_fraction/low": 0.0, "clip_fraction/high": 0.0}
+  still |= {"ratio/max": 1.0, "ratio/min": 1.0}
+  drawn = charts([{"step": s, **still} for s in range(5)], {})
+  assert [c.title for c in drawn] == ["Clipped tokens", "Probability ratio"]
+  for chart in drawn:
+    assert "On-policy" in chart.explanation
+    assert "nothing to clip" in chart.explanation
+  # Off-policy, but within the clip.
+  moved = still | {"ratio/max": 1.1, "ratio/min": 0.9}
+  clip, ratio = charts([{"step": s, **moved} for s in range(5)], {})
+  assert clip.explanation.endswith("No token's ratio reached the clip.")
+  assert "On-policy" not in clip.explanation + ratio.explanation
 
 
 def test_keys_carry_the_last_value():

@@ -29,6 +29,10 @@ def test_the_head_of_a_recipe(recipe):
     ("Parameters", "214 k"),
     ("Time", "8 min 32 s"),
   ]
+  details = {name: detail for name, _, detail in found}
+  assert details["Gain by RL"] == (
+    "held-out pass@1, over cold start, which learned from erring authors"
+  )
   assert notices(run, evaluations(run)) == []
 
 
@@ -40,6 +44,16 @@ def test_uncommitted_code_is_said(recipe):
 def test_a_size_is_said_only_if_every_stage_shares_it():
   same = evaluation("rl", {"n_problems": 400, "n_samples": 8})
   other = evaluation("sft", {"n_problems": 50, "n_samples": 8})
-  assert evaluation_size([same]) == "400 problems, each answered 8 times."
-  assert evaluation_size([same, other]) == ""
-  assert evaluation_size([]) == ""
+  said = "400 problems, each answered 8 times."
+  assert evaluation_size([same], frozenset()) == said
+  assert evaluation_size([same, other], frozenset()) == ""
+  assert evaluation_size([], frozenset()) == ""
+
+
+def test_the_headlines_levels_are_called_rls_only_if_they_are():
+  record = {"n_problems": 9, "n_samples": 8, "levels_trained": [2, 3]}
+  rows = [evaluation("rl", record)]
+  of_rl = evaluation_size(rows, frozenset({2, 3}))
+  assert of_rl.startswith("9 problems of levels 2–3, those that RL draws, each")
+  other = evaluation_size(rows, frozenset({2, 3, 4}))
+  assert other.startswith("9 problems of levels 2–3, each")
