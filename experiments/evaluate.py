@@ -162,6 +162,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       tokenizer,
       Scorer(task, dict.fromkeys(REWARDS, 1.0)),
       cfg.evaluation,
+      sampler.model.cfg,
       stage=cfg.stage,
       step=step,
       on_level=on_level,

@@ -10,6 +10,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
@@ -135,6 +136,31 @@ def decode_flops_per_token(cfg: ModelConfig, context: float) -> float:
   per_pair = 2 * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
   attention = cfg.num_attention_heads * per_pair * context
   return float(2 * multiplied + cfg.num_hidden_layers * attention)
+
+
+def sampling_flops(
+  cfg: ModelConfig, prompt_lengths: np.ndarray, lengths: np.ndarray
+) -> float:
+  """Operations of drawing n completions of each prompt, prefilled once for all.
+
+  Prefill in the expanded form, decoding in the absorbed one, each token over
+  what really stands before it; both are linear in that, so means are exact.
+
+  Args:
+    cfg: the model's sizes.
+    prompt_lengths: int [P], tokens.
+    lengths: int [P, n], tokens of each prompt's completions.
+  """
+  prefill = sum(
+    p * forward_flops_per_token(cfg, p, mtp=False)
+    for p in prompt_lengths.tolist()
+  )
+  contexts = prompt_lengths[:, None] + lengths / 2
+  tokens = float(lengths.sum())
+  if tokens == 0:
+    return float(prefill)
+  context = float((lengths * contexts).sum()) / tokens
+  return float(prefill + tokens * decode_flops_per_token(cfg, context))
 
 
 def measure_peak_flops(dtype: str, *, size: int, seconds: float) -> float:

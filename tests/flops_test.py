@@ -135,3 +135,20 @@ def test_decoding_is_the_absorbed_form():
 
 def test_the_peak_is_measured():
   assert flops.measure_peak_flops("float32", size=64, seconds=0.0) > 0
+
+
+def test_sampling_prefills_a_prompt_once_for_all_its_completions():
+  cfg = tiny_config()
+  prompts, lengths = np.array([6, 9]), np.array([[4, 2, 0], [5, 5, 5]])
+  expected = sum(
+    p * flops.forward_flops_per_token(cfg, p, mtp=False)
+    + sum(n * flops.decode_flops_per_token(cfg, p + n / 2) for n in row)
+    for p, row in zip(prompts.tolist(), lengths.tolist(), strict=True)
+  )
+  found = flops.sampling_flops(cfg, prompts, lengths)
+  np.testing.assert_allclose(found, expected, rtol=1e-12)
+  alone = flops.sampling_flops(cfg, prompts, 0 * lengths)
+  np.testing.assert_allclose(
+    alone, flops.sampling_flops(cfg, prompts, lengths[:, :0])
+  )
+  assert 0 < alone < found

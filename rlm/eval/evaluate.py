@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from rlm import flops
 from rlm.data.chat import encode_prompt
 from rlm.data.tokenizer import Tokenizer
 from rlm.eval.config import EvaluationConfig
@@ -22,6 +23,7 @@ from rlm.eval.pass_at_k import (
   pass_at_k,
   share_interval,
 )
+from rlm.models.config import ModelConfig
 from rlm.rewards.registry import Scored
 from rlm.tasks.base import Problem, Task
 
@@ -46,6 +48,7 @@ class Samples:
 
   Attributes:
     problems: the P problems.
+    prompt_lengths: int32 [P], tokens, chat markers included.
     texts: [P][n] completions without EOS.
     scores: [P][n] verdicts.
     lengths: int32 [P, n], tokens, EOS included.
@@ -53,6 +56,7 @@ class Samples:
   """
 
   problems: list[Problem]
+  prompt_lengths: np.ndarray
   texts: list[list[str]]
   scores: list[list[Scored]]
   lengths: np.ndarray
@@ -123,11 +127,8 @@ def sample_problems(
   """
   check_heldout(task, problems)
   n = samples_per_problem
-  prompts = [
-    ids
-    for problem in problems
-    for ids in [encode_prompt(tokenizer, problem.prompt)] * n
-  ]
+  asked = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+  prompts = [ids for ids in asked for _ in range(n)]
   ids = np.arange(len(prompts), dtype=np.int32)
   keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
   drawn = sampler.generate(variables, prompts, keys)
@@ -144,6 +145,7 @@ def sample_problems(
       scores[p].append(scorer.score(problem, text, finished=finished))
   return Samples(
     problems=list(problems),
+    prompt_lengths=np.array([len(ids) for ids in asked], np.int32),
     texts=texts,
     scores=scores,
     lengths=np.asarray(drawn.lengths, np.int32).reshape(-1, n),
@@ -158,6 +160,7 @@ def evaluate(
   tokenizer: Tokenizer,
   scorer: Scorer,
   cfg: EvaluationConfig,
+  model: ModelConfig,
   *,
   stage: str,
   step: int,
@@ -174,13 +177,15 @@ def evaluate(
     tokenizer: encodes prompts, decodes completions.
     scorer: judges texts.
     cfg: what is asked.
+    model: sizes of the model, to say what sampling cost.
     stage: whose weights these are.
     step: updates made to them.
     on_level: told how many levels are done.
 
   Returns:
-    The summary of `summarise` and the lines of `trace_records`; pure functions
-    of the arguments.
+    The summary of `summarise` with the tokens and FLOPs of all levels, a prompt
+    counted once for its samples; and the lines of `trace_records`.  Both are
+    pure functions of the arguments.
 
   Raises:
     ValueError: see `heldout_problems` and `sample_problems`.
@@ -204,13 +209,19 @@ def evaluate(
     on_level(done)
   samples = Samples(
     problems=problems,
+    prompt_lengths=np.concatenate([part.prompt_lengths for part in parts]),
     texts=[row for part in parts for row in part.texts],
     scores=[row for part in parts for row in part.scores],
     lengths=np.concatenate([part.lengths for part in parts]),
     finished=np.concatenate([part.finished for part in parts]),
   )
+  prompt_lengths, lengths = samples.prompt_lengths, samples.lengths
+  cost = {
+    "tokens": int(prompt_lengths.sum() + lengths.sum()),
+    "flops": flops.sampling_flops(model, prompt_lengths, lengths),
+  }
   return (
-    summarise(samples, cfg, stage),
+    summarise(samples, cfg, stage) | cost,
     trace_records(samples, cfg, stage, step),
   )
 
@@ -264,6 +275,7 @@ def _subset(samples: Samples, levels: set[int]) -> Samples:
   keep = [i for i, p in enumerate(samples.problems) if p.level in levels]
   return Samples(
     problems=[samples.problems[i] for i in keep],
+    prompt_lengths=samples.prompt_lengths[keep],
     texts=[samples.texts[i] for i in keep],
     scores=[samples.scores[i] for i in keep],
     lengths=samples.lengths[keep],

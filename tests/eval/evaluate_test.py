@@ -5,11 +5,14 @@ import jax
 import numpy as np
 import pytest
 
+from rlm.data.chat import encode_prompt
 from rlm.eval.config import EvaluationConfig
 from rlm.eval.evaluate import evaluate, heldout_problems, sample_problems
 from rlm.files import to_json
+from rlm.flops import decode_flops_per_token
 from rlm.rewards.registry import Scorer
 from tests.rl.reciter import TASK, TOKENIZER, Reciter, right, wrong
+from tests.tiny_model import tiny_config
 
 CONFIG = EvaluationConfig(
   seed=0,
@@ -22,6 +25,7 @@ CONFIG = EvaluationConfig(
   traces_per_level=1,
   samples_per_trace=2,
 )
+MODEL = tiny_config()
 SCORER = Scorer(TASK, {"accuracy": 1.0, "format": 1.0})
 
 
@@ -76,6 +80,7 @@ def result():
     TOKENIZER,
     SCORER,
     CONFIG,
+    MODEL,
     stage="rl",
     step=9,
     on_level=done.append,
@@ -106,6 +111,18 @@ def test_measures_by_hand(result):
   assert summary["pass_at_1"]["n"] == 4 == summary["n_problems"]
   assert summary["n_samples"] == 4
   assert summary["pass_at_1"]["low"] <= 7 / 16 <= summary["pass_at_1"]["high"]
+
+
+def test_cost_counts_a_prompt_once_for_all_its_samples(result):
+  summary, _ = result
+  problems = heldout_problems(TASK, CONFIG)
+  prompts = [len(encode_prompt(TOKENIZER, p.prompt)) for p in problems]
+  assert summary["tokens"] >= sum(prompts) + 24
+  sampled = summary["tokens"] - sum(prompts)
+  by_level = summary["levels"].values()
+  means = [level["response_length"]["mean"] for level in by_level]
+  assert sampled == pytest.approx(8 * sum(means))  # 8 samples of each level
+  assert summary["flops"] > sampled * decode_flops_per_token(MODEL, 0)
 
 
 def test_levels(result):
