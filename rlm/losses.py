@@ -278,7 +278,7 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
 
 
 def make_pretrain_loss(
-  model: Transformer, *, mtp_weight: float | None, balance_weight: float
+  model: Transformer, *, train_mtp: bool, balance_weight: float
 ) -> LossFn:
   """Next-token + MTP + sequence-wise balance loss; V3 eq. 17-20 and 24-25.
 
@@ -289,25 +289,26 @@ def make_pretrain_loss(
 
   Args:
     model: the Transformer; its cfg says depth, vocabulary and chunk.
-    mtp_weight: lambda of eq. 25; with 0 the MTP modules do not run.  None
-      where it changes in training: each batch then holds the scalar
-      `mtp_weight`.
+    train_mtp: whether the MTP modules run; each batch then holds mtp_weight,
+      lambda of eq. 25, float32 [], which may change in training.  Otherwise
+      the term is absent.
     balance_weight: alpha of eq. 17.
 
   Returns:
     LossFn over batches of `global_weights`.  Metrics: loss/next_token,
-    loss/mtp (mean over depths) and loss/balance, all without their weights,
-    and tokens (int32, padding excluded).
+    loss/mtp (mean over depths, 0 where they do not run) and loss/balance, all
+    without their weights, and tokens (int32, padding excluded).
 
   Raises:
-    ValueError: `mtp_weight` is set for a model without MTP modules.
+    ValueError: `train_mtp` for a model without MTP modules.
   """
   cfg = model.cfg
   depth = cfg.num_nextn_predict_layers
-  if mtp_weight != 0 and not depth:
+  if train_mtp and not depth:
     raise ValueError(
-      f"{mtp_weight=} needs MTP modules, and num_nextn_predict_layers is 0."
-      " Set mtp_weight to 0 or num_nextn_predict_layers to 1."
+      "a loss with an mtp_weight needs MTP modules, and"
+      " num_nextn_predict_layers is 0. Set mtp_weight to 0 or"
+      " num_nextn_predict_layers to 1."
     )
 
   def cross_entropy(hidden, head, targets, weights):
@@ -332,7 +333,8 @@ def make_pretrain_loss(
     balance = routing.balance_loss.sum(axis=0)  # [B]
     mtp = jnp.float32(0.0)
     mtp_load = None
-    if mtp_weight != 0:
+    loss = next_token
+    if train_mtp:
       mtp_hidden, mtp_routing = model.apply(
         variables, hidden, *rows, method="mtp"
       )
@@ -348,9 +350,9 @@ def make_pretrain_loss(
       )
       balance += mtp_routing.balance_loss.sum(axis=0)
       mtp_load = mtp_routing.expert_load
+      loss += batch["mtp_weight"] * mtp
     balance = weighted_sum(balance, batch["row_weights"])
-    weight = batch["mtp_weight"] if mtp_weight is None else mtp_weight
-    loss = next_token + weight * mtp + balance_weight * balance
+    loss += balance_weight * balance
     metrics = {
       "loss/next_token": next_token,
       "loss/mtp": mtp,

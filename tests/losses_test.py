@@ -215,15 +215,20 @@ def test_weights_sum_to_one_over_the_whole_batch():
   assert not weights["row_weights"].any()
 
 
+def weighted(batch, depth=1, mtp_weight=0.3):
+  batch = losses.global_weights(batch, mtp_depth=depth)
+  return {**batch, "mtp_weight": np.float32(mtp_weight)}
+
+
 def test_the_loss_is_its_definition():
   """Means taken one token at a time, from the model's own states."""
   depth = 2
   model, variables = tiny_model(num_nextn_predict_layers=depth)
   batch = packed_batch()
   rows = (batch["tokens"], batch["positions"], batch["segment_ids"])
-  loss_fn = losses.make_pretrain_loss(model, mtp_weight=0.3, balance_weight=0.1)
+  loss_fn = losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.1)
   loss, aux = jax.jit(loss_fn)(
-    variables, losses.global_weights(batch, mtp_depth=depth), jax.random.key(0)
+    variables, weighted(batch, depth=depth), jax.random.key(0)
   )
 
   apply = jax.jit(model.apply, static_argnames="method")
@@ -271,9 +276,9 @@ def test_nothing_is_learned_from_masked_or_foreign_tokens():
   """Changing a token outside the loss and its context leaves the loss."""
   model, variables = tiny_model()
   loss_fn = jax.jit(
-    losses.make_pretrain_loss(model, mtp_weight=0.3, balance_weight=0.0)
+    losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.0)
   )
-  batch = losses.global_weights(packed_batch(), mtp_depth=1)
+  batch = weighted(packed_batch())
   loss, _ = loss_fn(variables, batch, jax.random.key(0))
 
   def changed(row, column):
@@ -287,9 +292,26 @@ def test_nothing_is_learned_from_masked_or_foreign_tokens():
   assert changed(0, 3) != loss
 
 
+def test_one_program_serves_every_mtp_weight():
+  model, variables = tiny_model()
+  loss_fn = jax.jit(
+    losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.0)
+  )
+  totals = []
+  for weight in (0.0, 0.1, 0.3):
+    batch = weighted(packed_batch(), mtp_weight=weight)
+    loss, aux = loss_fn(variables, batch, jax.random.key(0))
+    totals.append(loss - weight * aux.metrics["loss/mtp"])
+  np.testing.assert_allclose(totals, totals[0], rtol=1e-6)
+  assert aux.metrics["loss/mtp"] > 1
+  assert loss_fn._cache_size() == 1
+
+
 def test_without_mtp_its_modules_get_no_gradient():
   model, variables = tiny_model()
-  loss_fn = losses.make_pretrain_loss(model, mtp_weight=0.0, balance_weight=0.1)
+  loss_fn = losses.make_pretrain_loss(
+    model, train_mtp=False, balance_weight=0.1
+  )
   batch = losses.global_weights(packed_batch(), mtp_depth=1)
   grads, aux = jax.jit(jax.grad(loss_fn, has_aux=True))(
     variables, batch, jax.random.key(0)
@@ -303,8 +325,8 @@ def test_without_mtp_its_modules_get_no_gradient():
 
 def test_a_dense_model_has_no_balance():
   model, variables = tiny_model(first_k_dense_replace=2)
-  loss_fn = losses.make_pretrain_loss(model, mtp_weight=0.3, balance_weight=0.1)
-  batch = losses.global_weights(packed_batch(), mtp_depth=1)
+  loss_fn = losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.1)
+  batch = weighted(packed_batch())
   _, aux = jax.jit(loss_fn)(variables, batch, jax.random.key(0))
   assert aux.metrics["loss/balance"] == 0
   assert aux.metrics["loss/mtp"] > 0
@@ -314,4 +336,4 @@ def test_a_dense_model_has_no_balance():
 def test_mtp_weight_needs_mtp_modules():
   model = Transformer(tiny_config(num_nextn_predict_layers=0))
   with pytest.raises(ValueError, match="num_nextn_predict_layers is 0"):
-    losses.make_pretrain_loss(model, mtp_weight=0.3, balance_weight=0.1)
+    losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.1)

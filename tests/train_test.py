@@ -139,12 +139,16 @@ def pretrain_step(num_microbatches):
     linear_step(
       num_microbatches,
       loss_fn=losses.make_pretrain_loss(
-        model, mtp_weight=0.3, balance_weight=0.1
+        model, train_mtp=True, balance_weight=0.1
       ),
       tx=MOMENTUM,
       bias_update_rate=lambda step: 0.01 * (step < 1),
     )
   )
+
+
+def pretrain_batch(batch, rows, microbatches):
+  return {**split(batch, rows, microbatches), "mtp_weight": np.float32(0.3)}
 
 
 def pretrain_state():
@@ -154,24 +158,22 @@ def pretrain_state():
 def test_the_pretraining_loss_splits_over_unequal_rows():
   """Value, gradient and loads, whatever the split of the rows."""
   batch = losses.global_weights(packed_rows(), mtp_depth=1)
-  whole = pretrain_step(1)(pretrain_state(), split(batch, 4, 1), KEY)
-  pieces = pretrain_step(4)(pretrain_state(), split(batch, 1, 4), KEY)
+  whole = pretrain_step(1)(pretrain_state(), pretrain_batch(batch, 4, 1), KEY)
+  pieces = pretrain_step(4)(pretrain_state(), pretrain_batch(batch, 1, 4), KEY)
   chex.assert_trees_all_close(whole, pieces, rtol=2e-4, atol=2e-6)
 
   # The comparison can fail: a mean in each microbatch is another loss.
-  rows = split(packed_rows(), 1, 4)
-  num_live = rows.pop("num_live")
+  rows = pretrain_batch(packed_rows(), 1, 4)
+  scalars = {name: rows.pop(name) for name in ("num_live", "mtp_weight")}
   means = jax.vmap(lambda row: losses.global_weights(row, mtp_depth=1))(rows)
-  _, metrics = pretrain_step(4)(
-    pretrain_state(), {**means, "num_live": num_live}, KEY
-  )
+  _, metrics = pretrain_step(4)(pretrain_state(), {**means, **scalars}, KEY)
   assert abs(metrics["loss"] / 4 - whole[1]["loss"]) > 1e-3
 
 
 def test_expert_bias_follows_the_global_load():
   """V3 2.1.2, from loads summed over microbatches, padding left out."""
   batch = losses.global_weights(packed_rows(), mtp_depth=1)
-  batch = split(batch, 1, 4)
+  batch = pretrain_batch(batch, 1, 4)
   before = pretrain_state()
   state, metrics = pretrain_step(4)(before, batch, KEY)
 

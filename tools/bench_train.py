@@ -77,6 +77,7 @@ def rlm_steps(
     microbatch_rows=rows,
     num_microbatches=1,
   )
+  batch["mtp_weight"] = np.float32(0.3)
   variables = jax.jit(model.init)(
     jax.random.key(0), tokens, positions, np.ones_like(tokens)
   )
@@ -84,7 +85,7 @@ def rlm_steps(
     make_train_step(
       make_pretrain_loss(
         model,
-        mtp_weight=0.3 if cfg.num_nextn_predict_layers else 0.0,
+        train_mtp=cfg.num_nextn_predict_layers > 0,
         balance_weight=1e-4,
       ),
       tx,

@@ -75,7 +75,8 @@ def test_every_product_of_training_is_exact(implementation, monkeypatch):
     },
     mtp_depth=1,
   )
-  loss = losses.make_pretrain_loss(model, mtp_weight=0.3, balance_weight=0.1)
+  batch["mtp_weight"] = np.float32(0.3)
+  loss = losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.1)
   step = jax.grad(lambda v: loss(v, batch, jax.random.key(0))[0])
   assert assert_exact(step, variables) > 60
 
