@@ -60,8 +60,8 @@ class Config:
       reference; 0 never.
     monitor_kl: hold the reference and log `kl` at the diagnostics steps even
       where kl_weight is 0.
-    diagnostics_every_steps: steps between measurements of route_flip_rate and
-      mtp_acceptance, which cost a forward pass; 0 never.
+    diagnostics_every_steps: steps between measurements of mtp_acceptance (and
+      see monitor_kl), which cost forward passes; 0 never.
     traces_every_steps: steps between recorded completions; 0 never.
     traces_per_step: how many of them, each of another prompt.
     checkpoint_every_steps: steps between checkpoints.
@@ -240,6 +240,11 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       max_new_tokens=sampling.max_new_tokens,
     )
 
+  def first_rows(rollout):
+    """To measure on; nothing is learned from them."""
+    rows = np.arange(cfg.selection.rows_per_minibatch)
+    return minibatch(rollout, jnp.zeros(len(rollout.tokens)), rows)
+
   # --- The loop --------------------------------------------------------------
   with (
     CheckpointManager(
@@ -298,9 +303,9 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
         generated = time.monotonic()
         metrics: dict[str, Any] = {"curriculum/level": curriculum["top_level"]}
         if is_due(step, cfg.diagnostics_every_steps):
-          rows = np.arange(cfg.selection.rows_per_minibatch)
-          batch = minibatch(rollout, jnp.zeros(len(rollout.tokens)), rows)
-          metrics |= learner.diagnose(policy.variables, reference, batch)
+          metrics |= learner.diagnose(
+            policy.variables, reference, first_rows(rollout)
+          )
 
         # Advantages.
         rewards = jnp.asarray(rollout.rewards)
@@ -316,7 +321,9 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
           for rows in split_rows(cfg.selection, tied, cfg.group_size, split_key)
         ]
 
-        # Update.
+        # Update. Without any signal, still hold the trainer to the sampler.
+        if not batches:
+          metrics |= learner.compare(policy.variables, first_rows(rollout))
         policy, reported = learner.update(policy, reference, batches, train_key)
         metrics |= rollout_metrics(rollout, tied) | reported
         metrics["trained_tokens"] = sum(

@@ -9,7 +9,7 @@ import optax
 from rlm.models.transformer import Transformer
 from rlm.rl.config import SelectionConfig
 from rlm.rl.diagnostics import make_diagnostics
-from rlm.rl.loss import make_logprobs, make_rl_loss
+from rlm.rl.loss import make_logprobs, make_rl_loss, sampler_metrics
 from rlm.rl.metrics import combine_updates
 from rlm.rl.objectives import Objective, k3
 from rlm.train import (
@@ -23,7 +23,7 @@ Minibatch = dict[str, np.ndarray]
 
 
 class Learner:
-  """The compiled parts of an update: three programs, each of one shape.
+  """The compiled parts of an update, each of one shape.
 
   Args:
     model: the Transformer.
@@ -71,6 +71,7 @@ class Learner:
     self._logprobs = jax.jit(
       make_logprobs(model, temperature=temperature, replay_routes=replay_routes)
     )
+    self._sampler_metrics = jax.jit(sampler_metrics)
     self._diagnose = jax.jit(make_diagnostics(model, temperature=temperature))
 
   def _split(self, batch: Minibatch) -> Minibatch:
@@ -104,9 +105,10 @@ class Learner:
     batches = [self._split(batch) for batch in minibatches]
     for batch in batches:
       if self._selection.num_minibatches > 1:
-        batch["old_logprobs"] = self._logprobs(policy.variables, batch)
+        old = self._logprobs(policy.variables, batch)
+        batch["old_logprobs"], batch["old_flips"] = old
       if self._objective.kl_weight > 0:
-        batch["ref_logprobs"] = self._logprobs(reference, batch)
+        batch["ref_logprobs"], _ = self._logprobs(reference, batch)
     updates = []
     for i, batch in enumerate(batches):
       policy, metrics = self._train_step(
@@ -114,6 +116,18 @@ class Learner:
       )
       updates.append(metrics)
     return policy, combine_updates(jax.device_get(updates))
+
+  def compare(
+    self, variables: Any, minibatch: Minibatch
+  ) -> dict[str, jax.Array]:
+    """`sampler_metrics` of rows that no update learns from.
+
+    Args:
+      variables: of the policy that sampled the minibatch.
+      minibatch: any rows of the rollout.
+    """
+    batch = self._split(minibatch)
+    return self._sampler_metrics(batch, *self._logprobs(variables, batch))
 
   def diagnose(
     self, variables: Any, reference: Any, minibatch: Minibatch
@@ -129,7 +143,7 @@ class Learner:
     batch = self._split(minibatch)
     metrics = self._diagnose(variables, batch)
     if reference is not None and self._objective.kl_weight == 0:
-      policy_logprobs = self._logprobs(variables, batch)
-      log_ratio = self._logprobs(reference, batch) - policy_logprobs
+      policy_logprobs, _ = self._logprobs(variables, batch)
+      log_ratio = self._logprobs(reference, batch)[0] - policy_logprobs
       metrics["kl"] = (batch["metric_weights"] * k3(log_ratio)).sum()
     return metrics

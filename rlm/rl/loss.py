@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from rlm.losses import Aux, LossFn, token_logprobs
-from rlm.models.moe import Routing
+from rlm.models.moe import Routing, route_flips
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.rl.objectives import Objective, policy_loss
 
@@ -66,6 +66,54 @@ def completion_logprobs(
   return align(logprobs), align(entropy), routing
 
 
+def flip_share(
+  routing: Routing, batch: dict[str, jax.Array], *, replay_routes: bool
+) -> jax.Array:
+  """Share of MoE layers where each token would go to other experts.
+
+  Under replay a layer's router is asked along the replayed path, so that every
+  flip is its own and none follows from a flip below.
+
+  Args:
+    routing: of the forward pass.
+    batch: with the sampler's expert_ids.
+    replay_routes: whether that pass followed them.
+
+  Returns:
+    float32 [B, T].
+  """
+  if replay_routes:
+    flips = routing.flips
+  else:
+    sampled = batch["expert_ids"].swapaxes(0, 1)
+    flips = route_flips(routing.expert_ids, sampled)
+  return flips.sum(axis=0) / jnp.float32(max(flips.shape[0], 1))
+
+
+def sampler_metrics(
+  batch: dict[str, jax.Array], logprobs: jax.Array, flips: jax.Array
+) -> dict[str, jax.Array]:
+  """How far the trainer is from the sampler, at the weights that sampled.
+
+  Args:
+    batch: as `rlm.rl.selection.make_minibatch` gives it, also in microbatches.
+    logprobs: the trainer's, of the shape of batch["tokens"].
+    flips: of `flip_share`, likewise.
+
+  Returns:
+    sampler_diff/mean and sampler_diff/max, the difference of the log-probs of
+    completion tokens in nats; and route_flip_rate, the mean of `flips` over
+    these tokens (0 for a dense model).
+  """
+  mask, weights = batch["loss_mask"], batch["metric_weights"]
+  diff = jnp.where(mask, jnp.abs(logprobs - batch["sampler_logprobs"]), 0)
+  return {
+    "sampler_diff/mean": (weights * diff).sum(),
+    "sampler_diff/max": diff.max(),
+    "route_flip_rate": (weights * flips).sum(),
+  }
+
+
 def make_rl_loss(
   model: Transformer,
   objective: Objective,
@@ -75,11 +123,11 @@ def make_rl_loss(
 ) -> LossFn:
   """The loss of `objective` as a LossFn for `rlm.train.make_train_step`.
 
-  `old_logprobs` of the batch are the trainer's own, computed before the first
-  update of the rollout.  Leave them out when the rollout has one minibatch:
-  the policy has not moved yet, so they equal stop_gradient(logprobs), and a
-  forward pass is saved; ratios are then exactly 1 and nothing is clipped.
-  `ref_logprobs` may be left out where kl_weight is 0.
+  `old_logprobs` and `old_flips` of the batch are the trainer's own, computed
+  before the first update of the rollout.  Leave both out when the rollout has
+  one minibatch: the policy has not moved yet, so they are those of this very
+  pass, and a forward pass is saved; ratios are then exactly 1 and nothing is
+  clipped.  `ref_logprobs` may be left out where kl_weight is 0.
 
   Nothing of the MTP modules is touched; see `freeze` for their optimizer.
 
@@ -91,8 +139,8 @@ def make_rl_loss(
 
   Returns:
     LossFn over minibatches of `rlm.rl.selection.make_minibatch`.  Metrics are
-    those of `policy_loss`, and entropy (token mean, nats), sampler_diff/mean
-    and sampler_diff/max: |old_logprobs - sampler_logprobs| in nats.
+    those of `policy_loss` and `sampler_metrics`, and entropy (token mean, in
+    nats).
   """
 
   def loss_fn(variables, batch, key):
@@ -106,9 +154,10 @@ def make_rl_loss(
     )
     mask, metric_weights = batch["loss_mask"], batch["metric_weights"]
     if "old_logprobs" in batch:
-      old_logprobs = batch["old_logprobs"]
+      old_logprobs, old_flips = batch["old_logprobs"], batch["old_flips"]
     else:
       old_logprobs = jax.lax.stop_gradient(logprobs)
+      old_flips = flip_share(routing, batch, replay_routes=replay_routes)
     loss, metrics = policy_loss(
       objective,
       logprobs,
@@ -119,12 +168,8 @@ def make_rl_loss(
       batch["weights"],
       metric_weights,
     )
-    diff = jnp.where(mask, jnp.abs(old_logprobs - batch["sampler_logprobs"]), 0)
-    metrics |= {
-      "entropy": (metric_weights * jnp.where(mask, entropy, 0.0)).sum(),
-      "sampler_diff/mean": (metric_weights * diff).sum(),
-      "sampler_diff/max": diff.max(),
-    }
+    metrics["entropy"] = (metric_weights * jnp.where(mask, entropy, 0.0)).sum()
+    metrics |= sampler_metrics(batch, old_logprobs, old_flips)
     metrics = jax.lax.stop_gradient(metrics)
     return loss, Aux(metrics, routing.expert_load, None)
 
@@ -133,24 +178,26 @@ def make_rl_loss(
 
 def make_logprobs(
   model: Transformer, *, temperature: float, replay_routes: bool
-) -> Callable[[Any, dict[str, jax.Array]], jax.Array]:
+) -> Callable[[Any, dict[str, jax.Array]], tuple[jax.Array, jax.Array]]:
   """Log-probs of a batch cut into microbatches, for old policy or reference.
 
   Returns:
-    (variables, batch) -> float32 [M, b, T], from arrays [M, b, ...] of
-    `rlm.train.split_microbatches`; 0 outside the completions.  Jit it.
+    (variables, batch) -> logprobs, 0 outside the completions, and flips of
+    `flip_share`; both float32 [M, b, T], from arrays [M, b, ...] of
+    `rlm.train.split_microbatches`.  Jit it.
   """
 
   def logprobs_of(variables, batch):
     def one(microbatch):
-      logprobs, _, _ = completion_logprobs(
+      logprobs, _, routing = completion_logprobs(
         model,
         variables,
         microbatch,
         temperature=temperature,
         replay_routes=replay_routes,
       )
-      return jnp.where(microbatch["loss_mask"], logprobs, 0.0)
+      flips = flip_share(routing, microbatch, replay_routes=replay_routes)
+      return jnp.where(microbatch["loss_mask"], logprobs, 0.0), flips
 
     return jax.lax.map(one, {k: v for k, v in batch.items() if k != "num_live"})
 

@@ -14,7 +14,7 @@ from tests.tiny_model import tiny_model
 
 TX = optax.sgd(1.0)
 # What the learner computes itself.
-COMPUTED = ("old_logprobs", "ref_logprobs")
+COMPUTED = ("old_logprobs", "old_flips", "ref_logprobs")
 
 
 def minibatch(name, seed):
@@ -86,9 +86,9 @@ def test_old_and_reference_logprobs_are_of_before_the_first_update():
   assert metrics["ratio/max"] > 1.01 and metrics["ratio/min"] < 0.99
   assert metrics["kl"] > 1e-4
   # Against the sampler, the old policy counts in both.
-  np.testing.assert_allclose(
-    metrics["sampler_diff/mean"], first["sampler_diff/mean"], rtol=1e-5
-  )
+  for name in ("sampler_diff/mean", "route_flip_rate"):
+    assert first[name] > 0
+    np.testing.assert_allclose(metrics[name], first[name], rtol=1e-5)
 
 
 def test_without_minibatches_nothing_happens():
@@ -97,6 +97,19 @@ def test_without_minibatches_nothing_happens():
     before, None, [], jax.random.key(0)
   )
   assert after is before and metrics == {}
+
+
+def test_rows_without_an_update_compare_as_they_do_within_one():
+  batch = minibatch("dapo", 0)
+  compared = learner("dapo", 1, 6).compare(start().variables, batch)
+  _, reported = learner("dapo", 1, 6).update(
+    start(), None, [batch], jax.random.key(0)
+  )
+  assert set(compared) == {
+    *("sampler_diff/mean", "sampler_diff/max", "route_flip_rate")
+  }
+  for name, value in compared.items():
+    np.testing.assert_allclose(value, reported[name], rtol=1e-5)
 
 
 def test_diagnose_adds_the_kl_that_the_loss_lacks():

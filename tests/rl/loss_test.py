@@ -4,12 +4,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlm.models.transformer import head_kernel
 from rlm.optim.config import MuonConfig, OptimizerConfig
 from rlm.optim.optimizer import make_optimizer
 from rlm.rl.loss import (
   completion_logprobs,
+  flip_share,
   freeze,
   make_logprobs,
   make_rl_loss,
@@ -53,6 +55,7 @@ def make_batch(objective, length=LENGTH, extra_rows=0, seed=0):
     ),
     "sampler_logprobs": np.where(mask, widen(logprobs), 0).astype(np.float32),
     "old_logprobs": old,
+    "old_flips": widen(rng.integers(0, 2, shape)).astype(np.float32),
     "ref_logprobs": old[::-1] if not extra_rows else old,
     "weights": np.asarray(
       token_weights(objective.aggregation, mask, constant_length=9)
@@ -135,24 +138,62 @@ def test_without_old_logprobs_the_ratio_is_one():
   model, variables = tiny_model()
   batch = make_batch(OBJECTIVES["dapo"])
   split = split_microbatches(batch, microbatch_rows=3, num_microbatches=2)
-  old = jax.jit(make_logprobs(model, temperature=1.0, replay_routes=True))(
-    variables, split
-  ).reshape(batch["old_logprobs"].shape)
+  old, flips = (
+    x.reshape(batch["tokens"].shape)
+    for x in jax.jit(make_logprobs(model, temperature=1.0, replay_routes=True))(
+      variables, split
+    )
+  )
   assert not np.asarray(old)[~batch["loss_mask"]].any()
-  given = batch | {"old_logprobs": old}
-  left_out = {k: v for k, v in batch.items() if k != "old_logprobs"}
+  given = batch | {"old_logprobs": old, "old_flips": flips}
+  left_out = {k: v for k, v in batch.items() if not k.startswith("old_")}
   loss, aux = jitted_loss("dapo")(variables, given)
   same_loss, same_aux = jitted_loss("dapo")(variables, left_out)
   assert float(same_aux.metrics["ratio/max"]) == 1.0
   assert float(same_aux.metrics["ratio/min"]) == 1.0
   np.testing.assert_allclose(loss, same_loss, atol=1e-6)
-  for name in ("sampler_diff/mean", "sampler_diff/max", "entropy"):
+  assert aux.metrics["route_flip_rate"] > 0.1  # the routes are random
+  for name in (
+    *("sampler_diff/mean", "sampler_diff/max", "route_flip_rate", "entropy"),
+  ):
     np.testing.assert_allclose(
       aux.metrics[name], same_aux.metrics[name], rtol=1e-5
     )
 
 
-def test_sampler_diff_by_hand():
+@pytest.mark.parametrize("replay_routes", [True, False])
+def test_flips_are_against_the_sampler(replay_routes):
+  model, variables = tiny_model()
+  batch = make_batch(OBJECTIVES["dapo"])
+  rows = [batch[k] for k in ("tokens", "positions", "segment_ids")]
+  _, free = jax.jit(model.apply)(variables, *rows)
+  # The routes that the model chooses itself, but for one token.
+  batch["expert_ids"] = np.array(free.expert_ids.swapaxes(0, 1))
+  b, t = np.argwhere(batch["loss_mask"])[0]
+  chosen = batch["expert_ids"][b, 0, t]
+  unused = sorted(set(range(4)) - set(chosen.tolist()))
+  batch["expert_ids"][b, 0, t] = unused
+
+  @jax.jit
+  def share(batch):
+    _, _, routing = completion_logprobs(
+      model, variables, batch, temperature=1.0, replay_routes=replay_routes
+    )
+    return flip_share(routing, batch, replay_routes=replay_routes)
+
+  flips = np.where(batch["segment_ids"] > 0, share(batch), 0.0)
+  assert np.argwhere(flips).tolist() == [[b, t]]
+  assert flips[b, t] == 1 / model.cfg.num_moe_layers
+  left_out = {k: v for k, v in batch.items() if not k.startswith("old_")}
+  _, aux = jitted_loss("dapo", replay_routes)(variables, left_out)
+  np.testing.assert_allclose(
+    aux.metrics["route_flip_rate"],
+    1 / (model.cfg.num_moe_layers * batch["loss_mask"].sum()),
+    rtol=1e-6,
+  )
+
+
+def test_sampler_metrics_by_hand():
   _, variables = tiny_model()
   batch = make_batch(OBJECTIVES["dapo"])
   _, aux = jitted_loss("dapo")(variables, batch)
@@ -163,6 +204,11 @@ def test_sampler_diff_by_hand():
   )
   np.testing.assert_allclose(
     aux.metrics["sampler_diff/max"], diff.max(), rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    aux.metrics["route_flip_rate"],
+    batch["old_flips"][batch["loss_mask"]].mean(),
+    rtol=1e-5,
   )
 
 
