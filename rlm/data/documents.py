@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlm.data.chat import Trace, check_fits, encode_turn
+from rlm.data.chat import check_fits, encode_turn
 from rlm.data.fim import fim_tokens, split_text
 from rlm.data.tokenizer import Tokenizer
 
@@ -159,26 +159,6 @@ def task_documents(
         tokens = [tokenizer.bos_id, *asked, *said, tokenizer.eos_id]
         mask = [False] * (1 + len(asked)) + [True] * (len(said) + 1)
       check_fits(len(tokens), row_length, f"a problem of {level=}")
-      yield tokens, mask
-
-  return Documents.join(encode())
-
-
-def trace_documents(
-  tokenizer: Tokenizer, traces: Iterable[Trace], *, row_length: int
-) -> Documents:
-  """Worked turns in the chat format, with the loss on the responses.
-
-  Raises:
-    ValueError: a trace does not fit a row; it is named by its index.
-  """
-
-  def encode():
-    for i, trace in enumerate(traces):
-      tokens, mask = encode_turn(
-        tokenizer, trace.prompt, trace.thinking, trace.answer
-      )
-      check_fits(len(tokens), row_length, f"trace {i}")
       yield tokens, mask
 
   return Documents.join(encode())

@@ -57,6 +57,7 @@ class Drawn(NamedTuple):
   logprobs: jax.Array  # float32 [n, B], 0 there
   expert_ids: jax.Array  # int32 [n, L_moe, B, K], routes of `tokens`
   steps: jax.Array  # int32 [], steps taken
+  finite: jax.Array  # bool [], every logit of live rows was; else it stopped
 
 
 def next_token_logits(hidden: jax.Array, head: jax.Array) -> jax.Array:
@@ -168,12 +169,13 @@ def decode_tokens(
   def goes_on(carry):
     slots, drawn = carry
     enough = slots.live.sum(dtype=jnp.int32) >= min_live
-    return (drawn.steps < max_steps) & enough
+    return (drawn.steps < max_steps) & enough & drawn.finite
 
   def step(carry):
     slots, drawn = carry
     live = slots.live
     logits = next_token_logits(slots.hidden, head)
+    finite = jnp.isfinite(logits).all(axis=1) | ~live
     tokens, logprobs = draw(logits, uniforms[drawn.steps])
     tokens = jnp.where(live, tokens, pad_token)
     logprobs = jnp.where(live, logprobs, 0.0)
@@ -198,6 +200,7 @@ def decode_tokens(
         logprobs=drawn.logprobs.at[i].set(logprobs),
         expert_ids=drawn.expert_ids.at[i].set(expert_ids[:, :, 0]),
         steps=i + 1,
+        finite=finite.all(),
       ),
     )
 
@@ -207,5 +210,6 @@ def decode_tokens(
     logprobs=jnp.zeros((buffer_steps, batch), jnp.float32),
     expert_ids=jnp.zeros(routes, jnp.int32),
     steps=jnp.int32(0),
+    finite=jnp.bool_(True),
   )
   return jax.lax.while_loop(goes_on, step, (slots, drawn))

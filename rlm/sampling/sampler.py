@@ -139,6 +139,12 @@ class Sampler:
         f" {self.capacity} positions; the model has max_position_embeddings="
         f"{c.max_position_embeddings}. Lower one of the first two."
       )
+    chunk = c.attention_chunk
+    if 0 < chunk < prompt_length and prompt_length % chunk:
+      raise ValueError(
+        f"attention_chunk={chunk} does not divide {prompt_length=}. Round"
+        " prompt_length up to a multiple of it, or set attention_chunk=0."
+      )
     self.stop_tokens = (eos_token, *sampling.stop_tokens)
     for name, token in [("pad_token", pad_token)] + [
       ("stop token", token) for token in self.stop_tokens
@@ -188,7 +194,8 @@ class Sampler:
 
     Raises:
       ValueError: a prompt is empty, does not fit or holds an unknown id, or
-        there is not one key per prompt. Nothing was compiled by then.
+        there is not one key per prompt; nothing was compiled by then. Or the
+        weights give logits that are not finite, which have no distribution.
     """
     prompts = [tuple(int(token) for token in prompt) for prompt in prompts]
     key_data = _key_data(keys)
@@ -356,6 +363,11 @@ class _Queue:
   def _collect(self, taken, drawn):
     """Copies a call's results to their requests and frees ended slots."""
     drawn = jax.device_get(drawn)
+    if not drawn.finite:
+      raise ValueError(
+        "the model's logits are not finite, so its weights are broken. Sample"
+        " from an earlier checkpoint, and look for where training diverged."
+      )
     index, live = jax.device_get((self._slots.index, self._slots.live))
     for slot in taken:
       request = self._slot_request[slot]

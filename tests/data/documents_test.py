@@ -3,13 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rlm.data.chat import Trace, encode_turn
-from rlm.data.documents import (
-  Documents,
-  task_documents,
-  text_documents,
-  trace_documents,
-)
+from rlm.data.chat import encode_turn
+from rlm.data.documents import Documents, task_documents, text_documents
 from rlm.data.tokenizer import ByteTokenizer
 
 TOK = ByteTokenizer()
@@ -147,12 +142,3 @@ def test_too_long_for_a_row():
     ValueError, match=r"level=2 is 16 tokens long, but a row has row_length=8"
   ):
     _make(levels=(2,), tagged=0.0, row_length=8)
-
-
-def test_traces():
-  traces = [Trace("p", "t", "a"), Trace("q", "uu", "b")]
-  documents = trace_documents(TOK, traces, row_length=16)
-  tokens, mask = _document(documents, 1)
-  assert (tokens.tolist(), mask.tolist()) == encode_turn(TOK, "q", "uu", "b")
-  with pytest.raises(ValueError, match="trace 1 is 12 tokens long"):
-    trace_documents(TOK, traces, row_length=11)

@@ -5,12 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from rlm import losses
-from rlm.models.transformer import head_kernel
+from rlm.models.transformer import Transformer, head_kernel
 from rlm.sampling.sampler import Sampler, SamplingConfig, bucket_length
-from tests.tiny_model import tiny_model
+from rlm.train import init_state, make_train_step, split_microbatches
+from tests.tiny_model import tiny_config, tiny_model
 
 EOS, PAD = 19, 20
 FIELDS = ("tokens", "lengths", "finished", "logprobs", "prompt_lengths")
@@ -113,7 +115,7 @@ def completion_part(completions, values):
 
 
 def trained(variables):
-  """A few plain gradient steps on random rows, bias update included."""
+  """A few training steps on random rows, with the update of the bias."""
   model = tiny_model()[0]
   rng = np.random.default_rng(1)
   tokens = rng.integers(0, EOS, (8, 16), dtype=np.int32)
@@ -127,19 +129,26 @@ def trained(variables):
     },
     mtp_depth=model.cfg.num_nextn_predict_layers,
   )
-  loss = losses.make_pretrain_loss(model, mtp_weight=0.0, balance_weight=0.0)
-
-  @jax.jit
-  def step(params):
-    grads = jax.grad(
-      lambda p: loss({**variables, "params": p}, batch, jax.random.key(0))[0]
-    )(params)
-    return jax.tree.map(lambda p, g: p - 0.3 * g, params, grads)
-
-  params = variables["params"]
-  for _ in range(4):
-    params = step(params)
-  return {**variables, "params": params}
+  batch = split_microbatches(batch, microbatch_rows=8, num_microbatches=1)
+  tx = optax.sgd(1.0)
+  step = jax.jit(
+    make_train_step(
+      losses.make_pretrain_loss(model, train_mtp=False, balance_weight=1e-4),
+      tx,
+      schedule=lambda step: 0.3,
+      bias_update_rate=0.05,
+      num_microbatches=1,
+      ema_decay=None,
+      skip_nonfinite=False,
+    )
+  )
+  router = jax.tree.map(jnp.zeros_like, variables["router"])
+  state = init_state({**variables, "router": router}, tx, ema_decay=None)
+  for _ in range(5):  # an odd number of signs never sums to zero
+    state, _ = step(state, batch, jax.random.key(0))
+  bias = state.variables["router"]["moe_layers"]["ffn"]["expert_bias"]
+  assert np.abs(bias).max() > 0.04
+  return state.variables
 
 
 @pytest.mark.parametrize("weights", ["random", "trained"])
@@ -427,6 +436,14 @@ def test_a_sampler_that_cannot_work_is_refused(changes, message):
     make_sampler(**changes)
 
 
+def test_a_prompt_length_that_the_attention_cannot_cut_is_refused():
+  model = Transformer(tiny_config(attention_chunk=8))
+  with pytest.raises(ValueError, match="attention_chunk=8 does not divide"):
+    make_sampler(model=model, prompt_length=12)
+  for prompt_length in (6, 16):
+    make_sampler(model=model, prompt_length=prompt_length)
+
+
 @pytest.mark.parametrize(
   ("prompts", "message"),
   [
@@ -443,6 +460,23 @@ def test_bad_prompts_are_refused_before_compiling(prompts, message):
   with pytest.raises(ValueError, match=message):
     sampler.generate(sharp_variables(), prompts, keys)
   assert sampler._prefill._cache_size() == 0
+
+
+@pytest.mark.parametrize(
+  "sampler",
+  [
+    dict(slots=5, prompt_length=9, steps_per_call=3),
+    dict(slots=4, prompt_length=9, temperature=0.0, max_new_tokens=32),
+  ],
+)
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_refused(sampler, value):
+  variables = {**sharp_variables()}
+  params = dict(variables["params"])
+  params["head"] = params["head"].at[3, 5].set(value)
+  variables["params"] = params
+  with pytest.raises(ValueError, match="logits are not finite"):
+    make_sampler(**sampler).generate(variables, *requests(2))
 
 
 def test_one_key_per_prompt():
