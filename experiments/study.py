@@ -27,6 +27,7 @@ from typing import Any
 from experiments import evaluate, launch, r1
 from rlm import files
 from rlm.config import build, did_you_mean, plain
+from rlm.stopping import Stop, Stopped, catch_signals
 
 SFT_CONTROL, STUDENT_RL = "sft_control", "student_rl"
 
@@ -76,11 +77,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   cfg = build(Config, plain(c))
   recipes = {seed: load_recipe(cfg, seed) for seed in cfg.seeds}
   root = pathlib.Path(workdir)
-  for seed, recipe in recipes.items():
-    with_controls = add_controls(cfg, recipe, control_steps=1)
-    check_recipe(with_controls, root / f"seed_{seed}")
+  first = cfg.seeds[0]
+  check_recipe(
+    add_controls(cfg, recipes[first], control_steps=1), root / f"seed_{first}"
+  )
   console = console or rich.console.Console()
-  folder = open_workdir(root, plain(c) | {"recipe": recipes[cfg.seeds[0]]})
+  folder = open_workdir(root, plain(c) | {"recipe": recipes[first]})
   page = folder.path / "comparison.html"
   if folder.summary is not None:
     folder.say_finished(console)
@@ -89,14 +91,17 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
   # --- Seed by seed: the recipe, then its controls. --------------------------
   evaluations, summaries = {}, {}
-  for seed, recipe in recipes.items():
-    console.print(f"Seed {seed} of {list(cfg.seeds)}", highlight=False)
-    evaluations[seed], summaries[seed] = run_seed(
-      cfg, recipe, root / f"seed_{seed}", console
-    )
+  with catch_signals() as stop:
+    for seed, recipe in recipes.items():
+      console.print(f"Seed {seed} of {list(cfg.seeds)}", highlight=False)
+      evaluations[seed], summaries[seed] = run_seed(
+        cfg, recipe, root / f"seed_{seed}", console, stop
+      )
+      if stop.requested and seed != cfg.seeds[-1]:
+        raise Stopped(f"the study, with seed {seed} done,", None)
 
   # --- What it says. ---------------------------------------------------------
-  recipe = recipes[cfg.seeds[0]]
+  recipe = recipes[first]
   claims = r1_claims(
     cold_start=recipe["rl_gain"][0],
     rl=recipe["rl_gain"][1],
@@ -113,7 +118,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
           key: {seed: summaries[seed][stage][key] for seed in cfg.seeds}
           for key in ("flops", "tokens")
         }
-        for stage in summaries[cfg.seeds[0]]
+        for stage in summaries[first]
       },
     }
   )
@@ -135,7 +140,11 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
 
 def run_seed(
-  cfg: Config, recipe: dict[str, Any], home: pathlib.Path, console: Any
+  cfg: Config,
+  recipe: dict[str, Any],
+  home: pathlib.Path,
+  console: Any,
+  stop: Stop,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """The recipe and its controls, whatever of them is not finished.
 
@@ -144,9 +153,13 @@ def run_seed(
     recipe: of this seed.
     home: its folder.
     console: a rich console.
+    stop: whether a signal asked to stop.
 
   Returns:
     The summaries of the evaluations and those of the stages, by stage.
+
+  Raises:
+    Stopped: `stop` was requested; what ran is saved.
   """
   from rlm.report.html import write_report
 
@@ -154,6 +167,8 @@ def run_seed(
   steps = control_steps(recipe, home)
   typed = build(r1.Config, add_controls(cfg, recipe, control_steps=steps))
   for name in (SFT_CONTROL, STUDENT_RL):
+    if stop.requested:
+      raise Stopped(f"the study, before {name} of {home.name},", None)
     experiment, config = r1.stage_config(typed, name, home)
     experiment.run(config, str(home / name), console=console)
     evaluate.run(
@@ -286,15 +301,10 @@ def control_steps(recipe: dict[str, Any], home: pathlib.Path) -> int:
 
 
 def check_recipe(recipe: dict[str, Any], home: pathlib.Path) -> None:
-  """Builds the config of every stage and evaluation, and forgets them.
-
-  Raises:
-    ValueError: one of them is wrong.
-  """
+  """Raises ValueError for what any stage of a recipe would refuse later."""
   typed = build(r1.Config, recipe, "recipe")
-  for name in typed.order:
-    r1.stage_config(typed, name, home)
-    build(evaluate.Config, r1.evaluation_config(typed, name, home), "evaluate")
+  plan = {name: r1.stage_config(typed, name, home) for name in typed.order}
+  r1.check_plan(typed, plan, home)
 
 
 if __name__ == "__main__":

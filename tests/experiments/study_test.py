@@ -1,13 +1,26 @@
 """The study's plan and its results; stages are stand-ins but for one test."""
 
 import io
+import os
 import pathlib
+import signal
+import subprocess
+import sys
 
 import pytest
 import rich.console
 
-from experiments import distill, evaluate, pretrain, reject, rl, sft, study
-from rlm import files
+from experiments import (
+  distill,
+  evaluate,
+  pretrain,
+  r1,
+  reject,
+  rl,
+  sft,
+  study,
+)
+from rlm import files, stopping
 from rlm.report import html
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -53,10 +66,12 @@ class Stages:
     ran: (seed's folder, stage or evaluate/stage) in order.
     configs: the same -> config.
     die_at: how many may run before one is killed; None for all.
+    stop_at: how many run before a signal comes; None for no signal.
   """
 
   def __init__(self, monkeypatch):
-    self.ran, self.configs, self.die_at = [], {}, None
+    self.ran, self.configs = [], {}
+    self.die_at = self.stop_at = None
     for module in (pretrain, sft, rl, reject, distill):
       monkeypatch.setattr(module, "run", self.stage)
     monkeypatch.setattr(evaluate, "run", self.evaluate)
@@ -69,6 +84,8 @@ class Stages:
     if not (path / "summary.json").exists():
       if len(self.ran) == self.die_at:
         raise KeyboardInterrupt
+      if len(self.ran) == self.stop_at:
+        os.kill(os.getpid(), signal.SIGTERM)
       self.ran.append((home.name, name))
       self.configs[home.name, name] = c
       path.mkdir(parents=True)
@@ -117,7 +134,8 @@ class Stages:
 
 @pytest.fixture
 def stages(monkeypatch):
-  # Reports draw for seconds; one test lets them.
+  # Both take seconds; one test each lets them be.
+  monkeypatch.setattr(r1, "check_plan", lambda *_: None)
   monkeypatch.setattr(
     html, "write_report", lambda home: pathlib.Path(home) / "report.html"
   )
@@ -241,6 +259,24 @@ def test_a_study_killed_anywhere_continues_and_repeats_nothing(
   assert not stages.ran and "is finished" in text
 
 
+def test_a_signal_ends_the_study_after_the_stage(stages, tmp_path):
+  run(tmp_path, "whole", seeds=(0, 1))
+  for stop_at, why, done in (
+    (3, "the recipe, with cold_start done", 4),
+    (14, "the study, before sft_control of seed_0", 15),
+    (15, "the study, before student_rl of seed_0", 17),
+    (18, "the study, with seed 0 done", 19),
+  ):
+    stages.ran.clear()
+    stages.stop_at = stop_at
+    with pytest.raises(stopping.Stopped, match=why):
+      run(tmp_path, f"stopped_{stop_at}", seeds=(0, 1))
+    assert len(stages.ran) == done
+    stages.stop_at = None
+    run(tmp_path, f"stopped_{stop_at}", seeds=(0, 1))
+    assert len(stages.ran) == len(set(stages.ran))
+
+
 def test_mistakes_are_told_before_the_first_stage(stages, tmp_path):
   def refused(message, **changes):
     with pytest.raises(ValueError, match=message):
@@ -261,6 +297,14 @@ def test_mistakes_are_told_before_the_first_stage(stages, tmp_path):
   refused("compares distillation", recipe_changes=dict(distilled=None))
 
 
+def test_what_a_control_would_refuse_late_is_told_first(monkeypatch, tmp_path):
+  stages = Stages(monkeypatch)
+  with pytest.raises(ValueError, match=r"sft_control.*level 99"):
+    traces = dict(levels=(2, 99))
+    run(tmp_path, sft_control=dict(data=dict(sources=dict(traces=traces))))
+  assert not stages.ran and not (tmp_path / "study").exists()
+
+
 def test_another_recipe_in_the_same_folder_is_refused(stages, tmp_path):
   run(tmp_path, seeds=(0,))
   with pytest.raises(ValueError, match=r"recipe.evaluate.slots: 8 -> 9"):
@@ -275,16 +319,38 @@ def test_merging_leaves_the_section_as_it_was():
   assert study.merge(section, {}, "x") == section
 
 
+CONFIG = """
+import ml_collections
+def get_config():
+  c = ml_collections.ConfigDict()
+  c.recipe = "tests/experiments/shrunk_laptop.py"
+  c.recipe_changes = {}
+  c.seeds = (0,)
+  c.sft_control = dict(data=dict(sources=dict(traces=dict(documents=600))))
+  c.student_rl = {}
+  c.confidence = 0.95
+  return c
+"""
+
+
 @pytest.mark.full
-def test_a_study_of_real_stages(tmp_path):
-  console = rich.console.Console(file=io.StringIO(), width=100)
-  given = config(
-    recipe=str(ROOT / "tests/experiments/shrunk_laptop.py"),
-    recipe_changes={},
-    seeds=(0,),
-    sft_control=dict(data=dict(sources=dict(traces=dict(documents=600)))),
+def test_the_command_runs_a_study_of_real_stages(recipes, tmp_path):
+  (tmp_path / "study.py").write_text(CONFIG)
+  done = subprocess.run(
+    [
+      sys.executable,
+      "-m",
+      "experiments.study",
+      f"--config={tmp_path / 'study.py'}",
+      f"--workdir={tmp_path / 'study'}",
+    ],
+    cwd=ROOT,
+    env=recipes.env,
+    capture_output=True,
+    text=True,
   )
-  study.run(given, str(tmp_path / "study"), console=console)
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert "R1's findings" in done.stdout
   home = tmp_path / "study" / "seed_0"
   found = files.read_json(tmp_path / "study" / "comparison.json")
   assert {c["verdict"] for c in found["claims"]} == {"undecided"}  # one seed
@@ -293,8 +359,8 @@ def test_a_study_of_real_stages(tmp_path):
       assert claim["measure"] in found["stages"][stage]
   # The control costs what RL cost, to within a step.
   costs = {name: cost["flops"]["0"] for name, cost in found["costs"].items()}
-  step = files.read_json(home / "cold_start" / "summary.json")
-  one = step["flops"] / step["steps"]
-  assert abs(costs["sft_control"] - costs["rl"]) < 2 * one
-  started = files.read_json(home / "student_rl" / "config.json")
-  assert started["model"]["first_k_dense_replace"] == 2
+  start = files.read_json(home / "cold_start" / "summary.json")
+  step = start["flops"] / start["steps"]
+  assert abs(costs["sft_control"] - costs["rl"]) < 2 * step
+  student = files.read_json(home / "student_rl" / "config.json")
+  assert student["model"]["first_k_dense_replace"] == 2
