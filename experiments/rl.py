@@ -186,6 +186,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.progress import Progress
   from rlm.rl import curriculum as curricula
   from rlm.rl.advantages import advantages_of, tied_groups
+  from rlm.rl.cost import step_flops
   from rlm.rl.learner import Learner
   from rlm.rl.loss import freeze
   from rlm.rl.metrics import level_success, rollout_metrics
@@ -329,6 +330,22 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
         metrics["trained_tokens"] = sum(
           int(batch["segment_ids"].sum()) for batch in batches
         )
+        measurings = int(not batches)
+        if is_due(step, cfg.diagnostics_every_steps):
+          measurings += bool(cfg.model.num_nextn_predict_layers)
+          if reference is not None and objective.kl_weight == 0:
+            measurings += 2  # policy and reference
+        metrics["flops"] = step_flops(
+          cfg.model,
+          rollout,
+          group_size=cfg.group_size,
+          row_length=sampler.capacity,
+          trained_tokens=metrics["trained_tokens"],
+          scorings=(cfg.selection.num_minibatches > 1)
+          + (objective.kl_weight > 0),
+          measured_rows=cfg.selection.rows_per_minibatch,
+          measurings=measurings,
+        )
         curriculum = curricula.update(
           cfg.curriculum, curriculum, level_success(rollout)
         )
@@ -378,11 +395,6 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   records = read_jsonl(folder.path / "metrics.jsonl")
   tokens = sum(record["tokens"] for record in records)
   trained = sum(record["trained_tokens"] for record in records)
-  # Half a row stands before a token on average; prompts cost a little less.
-  sample_flops = flops.decode_flops_per_token(cfg.model, sampler.capacity / 2)
-  train_flops = flops.train_flops_per_token(
-    cfg.model, sampler.capacity, mtp=False
-  )
   counts = flops.count_parameters(cfg.model)
   return folder.finish(
     {
@@ -392,7 +404,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       "tokens": tokens,
       "trained_tokens": trained,
       "updates": int(policy.step),
-      "flops": tokens * sample_flops + trained * train_flops,
+      "flops": sum(record["flops"] for record in records),
       "model": {"total": counts.total, "activated": counts.activated},
       "curriculum": curriculum,
     }
