@@ -4,7 +4,9 @@ r"""A language model of the Python standard library, and of nothing else.
     --config=configs/pretrain/stdlib.py --workdir=runs/stdlib
 
 Held-out files are scored in bits per byte, beside the unigram and bigram
-entropies of the same bytes.
+entropies of the same bytes (4.47 and 3.29 with Python 3.11).  Averaged weights
+score 3.84, 3.04 and 2.19 after 100, 200 and 300 steps (commit 54cd712, 2 CPU
+cores that other work shared, so no time is given; the 600 were not run).
 """
 
 import ml_collections
