@@ -161,6 +161,9 @@ def no_cotangents(cfg):
     "hidden": np.zeros((*SHAPE, cfg.hidden_size), np.float32),
     "mtp": np.zeros((depth, *SHAPE, cfg.hidden_size), np.float32),
     "balance": np.zeros((cfg.num_moe_layers, SHAPE[0]), np.float32),
+    "mtp_balance": np.zeros(
+      (0 if cfg.is_dense else depth, SHAPE[0]), np.float32
+    ),
   }
 
 
@@ -184,6 +187,7 @@ def differentiate(name, **changes):
       )
       outputs |= {"mtp_hidden": mtp_hidden, "mtp_routing": mtp_routing}
       total += (mtp_hidden * cotangents["mtp"]).sum()
+      total += (mtp_routing.balance_loss * cotangents["mtp_balance"]).sum()
     return total, outputs
 
   grad = fast_jit(jax.value_and_grad(scalar, has_aux=True))
@@ -200,13 +204,14 @@ def reference_rows(variables, cfg, tokens, replayed=None):
 
   Returns:
     hidden [B, T, D]; ids [L, B, T, K], -1 outside documents; mtp_hidden
-    [depth, B, T, D], balance_loss [L, B].
+    [depth, B, T, D]; balance_loss of layers [L, B] and of depths [depth, B].
   """
   layers, depth = cfg.num_moe_layers, cfg.num_nextn_predict_layers
   hidden = np.zeros((*SHAPE, cfg.hidden_size))
   ids = -np.ones((layers, *SHAPE, cfg.num_experts_per_tok), int)
   mtp_hidden = np.zeros((depth, *SHAPE, cfg.hidden_size))
-  scores = [[[] for _ in range(SHAPE[0])] for _ in range(layers)]
+  # Per layer, then per depth, then row: scores of its tokens.
+  scores = [[[] for _ in range(SHAPE[0])] for _ in range(layers + depth)]
   for row, start, length in DOCUMENTS:
     cells = slice(start, start + length)
     given = None if replayed is None else replayed[:, row, cells]
@@ -217,8 +222,13 @@ def reference_rows(variables, cfg, tokens, replayed=None):
     for i in range(layers):
       ids[i, row, cells] = out.ids[i]
       scores[i][row].extend(out.scores[i])
+    for k, s in enumerate(out.mtp_scores):
+      scores[layers + k][row].extend(s)
   balance = [
     [reference.balance_loss(np.array(s), cfg.num_experts_per_tok) for s in rows]
     for rows in scores
   ]
-  return hidden, ids, mtp_hidden, np.array(balance).reshape(layers, SHAPE[0])
+  balance = np.array(balance).reshape(layers + depth, SHAPE[0])
+  if cfg.is_dense:  # has no losses of either kind
+    balance = np.zeros((0, SHAPE[0]))
+  return hidden, ids, mtp_hidden, balance[:layers], balance[layers:]

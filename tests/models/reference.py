@@ -192,12 +192,14 @@ class Forward:
     ids: per MoE layer [n, K].
     scores: per MoE layer [n, E].
     mtp_hidden: per depth k [n - 1 - k, D]; row t predicts token t + 2 + k.
+    mtp_scores: per depth k [n - 1 - k, E]; none in a dense model.
   """
 
   hidden: np.ndarray
   ids: list
   scores: list
   mtp_hidden: list
+  mtp_scores: list
 
 
 def layer(tree, i):
@@ -238,7 +240,7 @@ def forward(variables, tokens, cfg, replayed=None) -> Forward:
       scores.append(layer_scores)
   hidden = rms_norm(x, params["final_norm"]["scale"], eps)
 
-  mtp_hidden, h = [], hidden
+  mtp_hidden, mtp_scores, h = [], [], hidden
   for k in range(cfg.num_nextn_predict_layers):
     if k + 1 >= len(tokens):
       break
@@ -255,7 +257,9 @@ def forward(variables, tokens, cfg, replayed=None) -> Forward:
         strict=True,
       )
     ]
-    x, _ = block(p["block"], bias, np.array(joined) @ p["proj"], cfg)
+    x, routes = block(p["block"], bias, np.array(joined) @ p["proj"], cfg)
+    if routes is not None:
+      mtp_scores.append(routes[1])
     h = rms_norm(x, p["norm"]["scale"], eps)
     mtp_hidden.append(h)
-  return Forward(hidden, ids, scores, mtp_hidden)
+  return Forward(hidden, ids, scores, mtp_hidden, mtp_scores)
