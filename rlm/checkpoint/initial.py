@@ -100,6 +100,7 @@ def random_variables(model: Transformer, key: jax.Array) -> Any:
   return init(key)
 
 
+@functools.lru_cache(maxsize=8)  # a stage asks several times: a second each
 def shapes(model: Transformer) -> Any:
   """The variables as `jax.ShapeDtypeStruct`s; nothing is computed."""
   return jax.eval_shape(functools.partial(_init, model), jax.random.key(0))

@@ -17,7 +17,7 @@ ended, and the queue takes their slots. Equal prompts are prefilled once.
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -164,21 +164,13 @@ class Sampler:
     # One shape whatever the number of prompts, so that a prompt's bits do not
     # depend on how many came with it.
     self.prefill_rows = max(min(slots, 16), slots // 16)
-    self._prefill = jax.jit(
-      functools.partial(loop.prefill, model, capacity=self.capacity)
-    )
-    self._admit = jax.jit(loop.admit, donate_argnums=0)
-    self._decode = jax.jit(
-      functools.partial(
-        loop.decode_tokens,
-        model,
-        draw=functools.partial(_draw, sampling),
-        max_new_tokens=sampling.max_new_tokens,
-        buffer_steps=self.steps_per_call,
-        stop_tokens=self.stop_tokens,
-        pad_token=pad_token,
-      ),
-      donate_argnums=1,
+    self._prefill, self._admit, self._decode = _programs(
+      model,
+      sampling,
+      self.capacity,
+      self.steps_per_call,
+      self.stop_tokens,
+      pad_token,
     )
 
   def generate(
@@ -247,6 +239,37 @@ class Sampler:
 def bucket_length(longest: int, multiple: int = 32) -> int:
   """`longest` rounded up, so that few prompt lengths are ever compiled."""
   return -(-longest // multiple) * multiple
+
+
+@functools.lru_cache(maxsize=16)
+def _programs(
+  model: Transformer,
+  sampling: SamplingConfig,
+  capacity: int,
+  steps_per_call: int,
+  stop_tokens: tuple[int, ...],
+  pad_token: int,
+) -> tuple[Callable, Callable, Callable]:
+  """The jitted prefill, admit and decode.
+
+  Equal samplers share them: a recipe makes one for every evaluation, and
+  tracing them again would take longer than many an evaluation's decoding.
+  """
+  prefill = functools.partial(loop.prefill, model, capacity=capacity)
+  decode = functools.partial(
+    loop.decode_tokens,
+    model,
+    draw=functools.partial(_draw, sampling),
+    max_new_tokens=sampling.max_new_tokens,
+    buffer_steps=steps_per_call,
+    stop_tokens=stop_tokens,
+    pad_token=pad_token,
+  )
+  return (
+    jax.jit(prefill),
+    jax.jit(loop.admit, donate_argnums=0),
+    jax.jit(decode, donate_argnums=1),
+  )
 
 
 def _draw(sampling, logits, uniforms):

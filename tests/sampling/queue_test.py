@@ -42,6 +42,7 @@ class Reckoner:
     n_vocab_used=VOCAB,
     tie_word_embeddings=False,
     max_position_embeddings=64,
+    attention_chunk=0,
   )
 
   def apply(self, variables, tokens, *args, method):
