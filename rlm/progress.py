@@ -79,7 +79,7 @@ class Progress:
     Args:
       text: the line, as plain text.
     """
-    self.console.print(text, markup=False, highlight=False)
+    self.console.print(text, soft_wrap=True, markup=False, highlight=False)
 
   def eta_secs(self) -> float | None:
     """Seconds left at the recent pace; None before two steps are done."""

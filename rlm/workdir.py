@@ -112,10 +112,14 @@ class Workdir:
     Args:
       console: a rich console; None prints.
     """
-    (console.print if console is not None else print)(
+    text = (
       f"{self.path} is finished: its results are in summary.json. To run it"
       " again, choose another --workdir or remove this one."
     )
+    if console is None:
+      print(text)
+    else:
+      console.print(text, soft_wrap=True, markup=False, highlight=False)
 
   def close(self) -> None:
     """Lets another process open the folder."""

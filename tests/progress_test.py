@@ -17,7 +17,7 @@ class Clock:
 def plain_lines(updates, **kwargs):
   """Lines that (seconds, done, figures) updates print."""
   out, clock = io.StringIO(), Clock()
-  console = rich.console.Console(file=out, width=120)
+  console = rich.console.Console(file=out, width=20)  # a line is never broken
   with Progress(console, "rl", clock=clock, **kwargs) as bar:
     for now, done, figures in updates:
       clock.now = now

@@ -1,10 +1,12 @@
 """A run's folder: who may continue it, and what it says when one may not."""
 
+import io
 import subprocess
 import sys
 
 import ml_collections
 import pytest
+import rich.console
 
 from rlm import files, workdir
 from rlm.workdir import differences, open_workdir
@@ -106,6 +108,9 @@ def test_a_finished_run_says_so(tmp_path, capsys):
   assert again.summary == written == {"accuracy": 0.5, "levels": [1, 2]}
   again.say_finished()
   assert "is finished" in capsys.readouterr().out
+  out = io.StringIO()
+  again.say_finished(rich.console.Console(file=out, width=20))
+  assert f"{tmp_path} is finished: its results are in" in out.getvalue()
   # It was looked at, not started.
   assert len(files.read_json(tmp_path / "run.json")["starts"]) == 1
 
