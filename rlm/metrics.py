@@ -26,6 +26,7 @@ import jax
 import numpy as np
 
 from rlm import files, jsonl
+from rlm.events import EventsWriter
 
 
 class NonFiniteError(FloatingPointError):
@@ -99,7 +100,9 @@ class MetricsWriter:
         record["seconds"] + record.get("paused_seconds", 0.0)
         for record in jsonl.read_jsonl(timing_path)
       )
-      self._events = _open_events(self.folder / "tensorboard", next_step)
+      self._events = EventsWriter(
+        self.folder / "tensorboard", next_step=next_step
+      )
     self._opened = self._last_push = time.monotonic()
     self._paused = 0.0
 
@@ -239,10 +242,8 @@ class MetricsWriter:
       {"step": record.step, **{name: self._latest[name] for name in names}}
     )
     self._timing.write({"step": record.step, **record.timing})
-    for name in names:
-      _add_event(self._events, name, self._latest[name], record.step)
-    for name, value in record.timing.items():
-      _add_event(self._events, f"timing/{name}", value, record.step)
+    timing = {f"timing/{name}": x for name, x in record.timing.items()}
+    self._events.add(record.step, _scalars(self._latest | timing))
 
   def _check(self, record: "_Record", values: dict[str, Any]) -> None:
     """Raises NonFiniteError unless the record is finite or may be skipped."""
@@ -309,19 +310,12 @@ def _save_batch(path: pathlib.Path, batch: Any) -> None:
   files.write_bytes(path, buffer.getvalue())
 
 
-def _open_events(folder: pathlib.Path, next_step: int) -> Any:
-  # Imported here: it brings protobuf, which only a process that writes needs.
-  import tensorboardX
-
-  # purge_step hides what an interrupted process wrote after its checkpoint.
-  return tensorboardX.SummaryWriter(str(folder), purge_step=next_step)
-
-
-def _add_event(events: Any, name: str, value: Any, step: int) -> None:
-  """Scalars, and the entries of flat lists; nested lists stay in the JSON."""
-  if isinstance(value, (int, float)):
-    events.add_scalar(name, value, step)
-  elif isinstance(value, list):
-    for i, item in enumerate(value):
-      if isinstance(item, (int, float)):
-        events.add_scalar(f"{name}/{i}", item, step)
+def _scalars(values: dict[str, Any]) -> dict[str, float]:
+  """Numbers, and the entries of flat lists; nested lists stay in the JSON."""
+  scalars: dict[str, float] = {}
+  for name, value in values.items():
+    entries = {name: value}
+    if isinstance(value, list):
+      entries = {f"{name}/{i}": item for i, item in enumerate(value)}
+    scalars |= {k: x for k, x in entries.items() if isinstance(x, (int, float))}
+  return scalars

@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # Rows that the design draws as one are split where one member uses another.
 LAYERS = (
   {"config", "files", "stopping"},
-  {"jsonl"},
+  {"events", "jsonl"},
   {"kernels"},
   {"parallel"},
   {"models"},

@@ -9,6 +9,7 @@ import pytest
 
 from rlm.jsonl import read_jsonl
 from rlm.metrics import MetricsWriter, NonFiniteError, is_due
+from tests.events_test import read_events
 
 
 def records(folder, name="metrics"):
@@ -189,17 +190,12 @@ def test_skip_stops_at_what_nobody_masked(tmp_path):
 
 
 def test_tensorboard_gets_scalars_and_flat_lists(tmp_path):
-  from tensorboardX.proto import event_pb2
-
   with open_log(tmp_path) as log:
     log.push(0, {"loss": 1.5, "load": jnp.ones(2), "nested": jnp.ones((2, 2))})
   (path,) = (tmp_path / "tensorboard").iterdir()
-  data, tags = path.read_bytes(), {}
-  while data:
-    size = int.from_bytes(data[:8], "little")
-    event = event_pb2.Event.FromString(data[12 : 12 + size])
-    tags |= {v.tag: v.simple_value for v in event.summary.value}
-    data = data[16 + size :]
+  (event,) = (e for e in read_events(path) if e.summary.value)
+  tags = {value.tag: value.simple_value for value in event.summary.value}
+  assert event.step == 0
   assert tags["loss"] == 1.5 and tags["load/1"] == 1.0
   assert "timing/seconds" in tags
   assert not any(tag.startswith("nested") for tag in tags)
