@@ -48,6 +48,10 @@ class Config:
   prompt_length: int
 
 
+# The weights may be at another place, but not others.
+MAY_CHANGE = ("init_from",)
+
+
 def prepare(
   cfg: Config, tokenizer_name: str, model_cfg: ModelConfig
 ) -> tuple[Task, Tokenizer, Any]:
@@ -124,6 +128,7 @@ def make_sampler(
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Evaluates, unless `workdir` holds the result; returns the summary."""
+  from rlm.checkpoint import initial
   from rlm.checkpoint.manager import restore_part
   from rlm.eval.evaluate import evaluate
   from rlm.jsonl import JsonlWriter
@@ -135,14 +140,16 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   # --- Config and model ------------------------------------------------------
   cfg = build(Config, c)
   task, tokenizer, sampler = prepare(cfg, *model_of(cfg.init_from))
-  folder = open_workdir(workdir, c)
+  folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
+  checkpoints = pathlib.Path(cfg.init_from) / "checkpoints"
+  variables = restore_part(checkpoints, "variables")
+  folder.record_input("init_from", initial.digest(variables))
   if folder.summary is not None:
     folder.say_finished(console)
     return folder.summary
 
   # --- Sample, score, sum up -------------------------------------------------
   began = time.monotonic()
-  checkpoints = pathlib.Path(cfg.init_from) / "checkpoints"
   step = int(restore_part(checkpoints, "step"))
   levels = len(cfg.evaluation.levels)
   with (
@@ -157,7 +164,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
     summary, records = evaluate(
       sampler,
-      restore_part(checkpoints, "variables"),
+      variables,
       task,
       tokenizer,
       Scorer(task, dict.fromkeys(REWARDS, 1.0)),

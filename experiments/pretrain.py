@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from experiments import launch
 from rlm.config import build
-from rlm.data.sources import DataConfig, check_sources
+from rlm.data.sources import DataConfig, MessagesSource, check_sources
 from rlm.data.tokenizer import Tokenizer, load_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
@@ -144,7 +144,7 @@ class Config:
 
 
 # A run may go on with other values of these, as they change no result; of
-# `init_from` the place may change, not the weights.
+# `init_from` and of messages the place may change, not the content.
 MAY_CHANGE = (
   "init_from",
   "checkpoint_every_steps",
@@ -278,7 +278,12 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
 
   launch.check_one_process()
   tokenizer, tasks = prepare(cfg)
-  folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
+  messages = (
+    f"data.sources.{name}.path"
+    for name, source in cfg.data.sources.items()
+    if isinstance(source, MessagesSource)
+  )
+  folder = open_workdir(workdir, c, may_change=(*MAY_CHANGE, *messages))
   if folder.summary is not None:
     folder.say_finished(console)
     return folder.summary

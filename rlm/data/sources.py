@@ -9,6 +9,7 @@ A source's name is the user's own; metrics and the run's record use it.
 """
 
 import dataclasses
+import hashlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -246,7 +247,10 @@ class MessagesSource(Source):
     conversations = load_messages(
       self.path, loading.tokenizer, row_length=loading.row_length
     )
-    return Documents.join(conversations), {"source": self.path}
+    # Not the path: a recipe's folder may move, with what its stages wrote.
+    content = pathlib.Path(self.path).read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    return Documents.join(conversations), {"sha256": digest}
 
 
 SOURCES: dict[str, type[Source]] = {
