@@ -1,4 +1,4 @@
-"""The right answers of a laptop RL run, as data for fine-tuning.
+r"""The right answers of a laptop RL run, as data for fine-tuning.
 
   python -m experiments.reject \
     --config=configs/reject/laptop.py --workdir=runs/rejection
