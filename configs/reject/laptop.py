@@ -2,6 +2,8 @@ r"""The right answers of a laptop RL run, as data for fine-tuning.
 
   python -m experiments.reject \
     --config=configs/reject/laptop.py --workdir=runs/rejection
+
+Of each problem the two shortest solutions with a right answer are kept.
 """
 
 import ml_collections
