@@ -11,6 +11,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 
 import hypothesis
 import jax
+import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)
 # A [B] array that meets a [B, T] array is a bug here, never a convenience.
@@ -19,3 +20,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 # Compilation makes the first example slow; derandomised, so a failure repeats.
 hypothesis.settings.register_profile("rlm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rlm")
+
+
+@pytest.fixture(autouse=True)
+def environment_as_found():
+  """Launching a run sets variables that the next test's children would see."""
+  before = dict(os.environ)
+  yield
+  os.environ.clear()
+  os.environ.update(before)

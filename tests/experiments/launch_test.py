@@ -22,13 +22,6 @@ def get_config(size=8):
 """
 
 
-@pytest.fixture(autouse=True)
-def cache_elsewhere(tmp_path, monkeypatch):
-  """Launching names a cache in the environment; it must not outlive a test."""
-  monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
-  monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-
 @pytest.fixture
 def config(tmp_path):
   path = tmp_path / "laptop.py"
