@@ -21,6 +21,7 @@ from typing import Any
 from experiments import launch
 from rlm import files
 from rlm.config import build, did_you_mean, plain
+from rlm.tasks.registry import make_task
 
 EXPERIMENTS = ("pretrain", "sft", "rl", "reject", "distill")
 # What a stage's section says to the recipe; the rest is the experiment's.
@@ -63,6 +64,7 @@ class Config:
   distilled: tuple[str, str] | None
 
   def __post_init__(self):
+    make_task(self.task, "task")
     if sorted(self.order) != sorted(self.stages) or not self.order:
       raise ValueError(
         f"order={list(self.order)} must name each of the stages"

@@ -12,16 +12,19 @@ ACTION@EVENT#N acts at the N-th event of a kind in its process:
   kill   SIGKILL
   term   SIGTERM
   tear   a file of the newest checkpoint of the stage loses a byte; SIGKILL
+  fill   the disk is full from now on, until the next process starts
 "none" runs to the end.
 
 Events, PATH being within the workdir, "*" any of them:
   push:STAGE      a step's metrics; before they are taken
   generate:STAGE  a call of the sampler, STAGE also evaluate/STAGE
   line:PATH       a line of a .jsonl file; a kill leaves half of it
-  rename:PATH, fsync:PATH, rmtree:PATH  before it; a rename's PATH is the new one
+  rename:PATH, fsync:PATH, rmtree:PATH
+                  before it; of a rename PATH is the new name
 """
 
 import collections
+import contextlib
 import os
 import pathlib
 import shutil
@@ -29,6 +32,8 @@ import signal
 import sys
 
 from experiments import launch, r1
+
+BALLAST = "ballast"
 
 
 class Faults:
@@ -60,6 +65,9 @@ class Faults:
     return False
 
   def act(self):
+    if self.action == "fill":
+      fill_disk(self.workdir)
+      return
     if self.action == "tear":
       tear(self.workdir / self.stage / "checkpoints")
     term = self.action == "term"
@@ -79,6 +87,17 @@ def tear(checkpoints):
   files = [path for path in newest.rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   os.truncate(largest, largest.stat().st_size - 1)
+
+
+def fill_disk(workdir):
+  """Leaves no byte free, as another program might."""
+  total = shutil.disk_usage(workdir).total
+  assert total < 1 << 30, f"{workdir} is not on a small disk of its own"
+  with open(workdir / BALLAST, "wb", buffering=0) as file:
+    for size in (1 << 20, 1 << 12, 1):
+      with contextlib.suppress(OSError):
+        while True:
+          file.write(bytes(size))
 
 
 def install(faults):
@@ -103,7 +122,10 @@ def install(faults):
   before(os, "fsync", "fsync", opened_file)
   before(shutil, "rmtree", "rmtree", lambda path, *_: faults.name(path))
   before(
-    metrics.MetricsWriter, "push", "push", lambda log, *_: faults.name(log.folder)
+    metrics.MetricsWriter,
+    "push",
+    "push",
+    lambda log, *_: faults.name(log.folder),
   )
   before(sampler.Sampler, "generate", "generate", lambda *_: faults.stage)
 
@@ -155,6 +177,7 @@ def main():
   launch.keep_compiled(workdir)  # before import_all imports jax
   import_all()
   for fault in os.environ["FAULTS"].split():
+    pathlib.Path(workdir, BALLAST).unlink(missing_ok=True)
     sys.stdout.flush()
     child = os.fork()
     if not child:
@@ -167,6 +190,7 @@ def main():
       return
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     print(f"{fault} ended with code {code}", flush=True)
+  sys.exit(code)
 
 
 if __name__ == "__main__":

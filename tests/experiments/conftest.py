@@ -1,0 +1,73 @@
+"""Recipes as commands, and one that nothing disturbed, shared by the tests."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+
+class Recipes:
+  """Starts the shrunk laptop recipe in folders beside each other.
+
+  Attributes:
+    root: of the repository.
+    folder: holds the runs' folders.
+    env: of every command; compiled programs are shared, and compiled without
+      care, since most of a tiny run's time goes there.
+  """
+
+  root = pathlib.Path(__file__).resolve().parents[2]
+
+  def __init__(self, folder: pathlib.Path):
+    self.folder = folder
+    self.env = {
+      **os.environ,
+      "PYTHONPATH": str(self.root),
+      "JAX_COMPILATION_CACHE_DIR": str(folder / "compilation_cache"),
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }
+
+  def start(self, name: str, *faults: str, flags=(), prefix=()):
+    """Runs the command once for each fault; see faulty_recipe.py.
+
+    Args:
+      name: of the run's folder, or its absolute path.
+      *faults: one for each process.
+      flags: of the command.
+      prefix: a command that runs the command.
+
+    Returns:
+      The finished process; its output has a line "FAULT ended with code N" at
+      the end of each.
+    """
+    return subprocess.run(
+      [
+        *prefix,
+        sys.executable,
+        str(self.root / "tests/experiments/faulty_recipe.py"),
+        f"--config={self.root / 'tests/experiments/shrunk_laptop.py'}",
+        f"--workdir={self.folder / name}",
+        *flags,
+      ],
+      cwd=self.root,
+      env=self.env | {"FAULTS": " ".join(faults)},
+      capture_output=True,
+      text=True,
+      timeout=1800,
+    )
+
+
+@pytest.fixture(scope="session")
+def recipes(tmp_path_factory):
+  return Recipes(tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture(scope="session")
+def whole(recipes):
+  """(folder, process) of a recipe run to its end and then started again."""
+  done = recipes.start("whole", "none", "none")
+  assert done.returncode == 0, done.stdout + done.stderr
+  return recipes.folder / "whole", done
