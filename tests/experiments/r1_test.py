@@ -172,6 +172,7 @@ def times(root):
   return {path: path.stat().st_mtime_ns for path in paths}
 
 
+@pytest.mark.full
 def test_another_config_in_its_folder_is_refused(whole):
   root, _ = whole
   files = times(root)

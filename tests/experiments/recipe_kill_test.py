@@ -16,6 +16,8 @@ from rlm.jsonl import read_jsonl
 # A clock writes these; `init_from` and such name the folder.
 CLOCKS = ("seconds", "seconds_total")
 
+pytestmark = pytest.mark.full  # minutes of compilation
+
 
 def without_clocks(value):
   if isinstance(value, dict):
