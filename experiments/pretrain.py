@@ -163,17 +163,16 @@ def make_training(cfg: Config):
     model: the Transformer.
     start: variables -> TrainState.
     step: (state, batch, key) -> (state, metrics), on batches of
-      `split_microbatches`.  Both are pure; the caller jits them.
+      `split_microbatches` with the scalars of `make_rates`.  Both are pure; the
+      caller jits them.
   """
   from rlm.losses import global_weights, make_pretrain_loss
   from rlm.models.transformer import Transformer
   from rlm.optim.optimizer import make_optimizer
-  from rlm.optim.schedule import make_schedule
   from rlm.train import init_state, make_train_step
 
   model = Transformer(cfg.model)
   tx = make_optimizer(cfg.optimizer)
-  mtp_schedule = make_schedule(cfg.mtp_weight)
   loss_fn = make_pretrain_loss(
     model,
     train_mtp=cfg.mtp_weight != 0,
@@ -182,8 +181,6 @@ def make_training(cfg: Config):
   train_step = make_train_step(
     loss_fn,
     tx,
-    schedule=make_schedule(cfg.schedule),
-    bias_update_rate=make_schedule(cfg.bias_update_rate),
     num_microbatches=cfg.batch.rows // cfg.batch.microbatch_rows,
     ema_decay=cfg.ema_decay,
     skip_nonfinite=cfg.on_nonfinite == "skip",
@@ -194,11 +191,21 @@ def make_training(cfg: Config):
 
   def step(state, batch, key):
     depth = cfg.model.num_nextn_predict_layers
-    batch = global_weights(batch, mtp_depth=depth)
-    batch["mtp_weight"] = mtp_schedule(state.step)
-    return train_step(state, batch, key)
+    return train_step(state, global_weights(batch, mtp_depth=depth), key)
 
   return model, start, step
+
+
+def make_rates(cfg: Config):
+  """A function of the step: what its schedules say, named as in a batch."""
+  from rlm.optim.schedule import make_schedule
+
+  schedules = {
+    "learning_rate": make_schedule(cfg.schedule),
+    "bias_update_rate": make_schedule(cfg.bias_update_rate),
+    "mtp_weight": make_schedule(cfg.mtp_weight),
+  }
+  return lambda step: {name: at(step) for name, at in schedules.items()}
 
 
 def prepare(cfg: Config) -> tuple[Tokenizer, dict[str, Task]]:
@@ -329,6 +336,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   # --- Model, and what is measured of it. ------------------------------------
   model, start_state, step_fn = make_training(cfg)
   step_fn = jax.jit(step_fn, donate_argnums=0)
+  rates = make_rates(cfg)
   score_rows = heldout_lib.make_score_rows(model)
   flops_per_token = flops.train_flops_per_token(
     cfg.model, cfg.data.row_length, mtp=cfg.mtp_weight != 0
@@ -385,6 +393,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
           microbatch_rows=b.microbatch_rows,
           num_microbatches=b.rows // b.microbatch_rows,
         )
+        batch |= rates(step)
         state, metrics = step_fn(state, batch, jax.random.fold_in(key, step))
         tokens = int((rows["segment_ids"] > 0).sum())
         log.push(

@@ -2,7 +2,8 @@
 
 Pretraining, SFT, RL and distillation differ in their loss and their batches
 only.  A step is a pure function `(state, batch, key) -> (state, metrics)`; the
-caller jits it with `donate_argnums=0`.
+caller jits it with `donate_argnums=0`.  What a schedule changes comes in with
+the batch, so that stages of other schedules share one compiled program.
 """
 
 from collections.abc import Callable
@@ -17,7 +18,6 @@ import optax
 from rlm.losses import Aux, Batch, LossFn
 from rlm.models.transformer import update_router
 
-Schedule = Callable[[jax.Array], jax.Array]
 TrainStep = Callable[
   ["TrainState", Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]
 ]
@@ -78,7 +78,8 @@ def split_microbatches(
   Returns:
     Arrays [M, b, ...], zero (that is, padding) after the first B / b
     microbatches, and `num_live` int32 [] = B / b.  Scalars that are added to
-    it, like this one, reach every microbatch as they are.
+    it, like this one and those of `make_train_step`, reach every microbatch as
+    they are.
 
   Raises:
     ValueError: B is not a multiple of b, or needs more than M microbatches.
@@ -155,24 +156,22 @@ def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
   *,
-  schedule: Schedule,
-  bias_update_rate: Schedule | float,
   num_microbatches: int,
   ema_decay: float | None,
   skip_nonfinite: bool,
 ) -> TrainStep:
   """A pure training step over the microbatches of `split_microbatches`.
 
-  The learning rate is a function of the step alone, never of the optimizer's
-  own count, so that skipped updates leave it where the config puts it.
+  Every batch also holds two float32 []: `learning_rate`, which multiplies the
+  updates of `tx`, and `bias_update_rate`, gamma of V3 section 2.1.2, where 0
+  freezes the expert bias.  Both follow from the loop's own step, never from the
+  optimizer's count, so that skipped updates leave them where the config puts
+  them.
 
   Args:
     loss_fn: (variables, microbatch, key) -> (loss, Aux); a sum whose weights
       already hold the denominators of the whole batch.
     tx: optimizer at *unit* learning rate, as `make_optimizer` gives it.
-    schedule: step -> learning rate, which multiplies the updates of `tx`.
-    bias_update_rate: gamma of V3 section 2.1.2, a number or a function of the
-      step; 0 freezes the expert bias.
     num_microbatches: M, the leading axis of the batches; `num_live` of them
       are used.  One compiled program serves every num_live.
     ema_decay: of the float32 average of the parameters; None for none.
@@ -201,12 +200,10 @@ def make_train_step(
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-    learning_rate = jnp.float32(schedule(state.step))
+    learning_rate = batch["learning_rate"]
     updates, opt_state = tx.update(grads, state.opt_state, params)
     updates = jax.tree.map(lambda u: learning_rate * u, updates)
     new_params = optax.apply_updates(params, updates)
-    rate = bias_update_rate
-    rate = jnp.float32(rate(state.step) if callable(rate) else rate)
     ema = state.ema
     if ema_decay is not None:
       ema = jax.tree.map(
@@ -217,7 +214,10 @@ def make_train_step(
     variables = {**rest, "params": new_params}
     if "router" in rest:
       variables["router"] = update_router(
-        rest["router"], aux.expert_load, aux.mtp_expert_load, rate
+        rest["router"],
+        aux.expert_load,
+        aux.mtp_expert_load,
+        batch["bias_update_rate"],
       )
     new_state = TrainState(
       step=state.step + 1,

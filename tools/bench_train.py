@@ -78,6 +78,8 @@ def rlm_steps(
     num_microbatches=1,
   )
   batch["mtp_weight"] = np.float32(0.3)
+  batch["learning_rate"] = np.float32(LEARNING_RATE)
+  batch["bias_update_rate"] = np.float32(1e-3)
   variables = jax.jit(model.init)(
     jax.random.key(0), tokens, positions, np.ones_like(tokens)
   )
@@ -89,8 +91,6 @@ def rlm_steps(
         balance_weight=1e-4,
       ),
       tx,
-      schedule=lambda step: LEARNING_RATE,
-      bias_update_rate=1e-3,
       num_microbatches=1,
       ema_decay=None,
       skip_nonfinite=True,

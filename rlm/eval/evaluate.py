@@ -7,13 +7,12 @@ Sampling (`sample_problems`) is apart from what is made of it (`summarise`,
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
 from rlm import flops
-from rlm.data.chat import encode_prompt
 from rlm.data.tokenizer import Tokenizer
 from rlm.eval.config import EvaluationConfig
 from rlm.eval.pass_at_k import (
@@ -25,21 +24,13 @@ from rlm.eval.pass_at_k import (
 )
 from rlm.models.config import ModelConfig
 from rlm.rewards.registry import Scored
+from rlm.sampling.answering import (
+  Sampler,
+  Scorer,
+  answer_problems,
+  request_keys,
+)
 from rlm.tasks.base import Problem, Task
-
-
-class Sampler(Protocol):
-  """What an evaluation needs of `rlm.sampling.sampler.Sampler`."""
-
-  def generate(self, variables: Any, prompts: list, keys: Any) -> Any:
-    """Completions of `prompts`, one per request key."""
-
-
-class Scorer(Protocol):
-  """What an evaluation needs of `rlm.rewards.registry.Scorer`."""
-
-  def score(self, problem: Problem, text: str, finished: bool) -> Scored:
-    """The verdict on one completion's text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +110,7 @@ def sample_problems(
     problems: P problems.
     tokenizer: encodes prompts, decodes completions.
     scorer: judges texts.
-    key: sample s of problem p is drawn with fold_in(key, p * n + s).
+    key: of the evaluation; see `request_keys`.
     samples_per_problem: n.
 
   Raises:
@@ -127,29 +118,25 @@ def sample_problems(
   """
   check_heldout(task, problems)
   n = samples_per_problem
-  asked = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
-  prompts = [ids for ids in asked for _ in range(n)]
-  ids = np.arange(len(prompts), dtype=np.int32)
-  keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-  drawn = sampler.generate(variables, prompts, keys)
-  texts: list[list[str]] = []
-  scores: list[list[Scored]] = []
-  for p, problem in enumerate(problems):
-    texts.append([])
-    scores.append([])
-    for i in range(p * n, (p + 1) * n):
-      finished = bool(drawn.finished[i])
-      tokens = drawn.tokens[i, : drawn.lengths[i]]
-      text = tokenizer.decode(tokens[:-1] if finished else tokens)
-      texts[p].append(text)
-      scores[p].append(scorer.score(problem, text, finished=finished))
+  answers = answer_problems(
+    sampler,
+    variables,
+    problems,
+    tokenizer,
+    scorer,
+    request_keys(key, len(problems) * n),
+    samples_per_problem=n,
+  )
+  starts = range(0, len(answers.texts), n)
   return Samples(
     problems=list(problems),
-    prompt_lengths=np.array([len(ids) for ids in asked], np.int32),
-    texts=texts,
-    scores=scores,
-    lengths=np.asarray(drawn.lengths, np.int32).reshape(-1, n),
-    finished=np.asarray(drawn.finished, bool).reshape(-1, n),
+    prompt_lengths=np.array(
+      [len(answers.prompts[i]) for i in starts], np.int32
+    ),
+    texts=[answers.texts[i : i + n] for i in starts],
+    scores=[answers.scores[i : i + n] for i in starts],
+    lengths=np.asarray(answers.completions.lengths, np.int32).reshape(-1, n),
+    finished=np.asarray(answers.completions.finished, bool).reshape(-1, n),
   )
 
 

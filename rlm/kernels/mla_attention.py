@@ -3,7 +3,7 @@
 `mla_attention` is for training and prefill, `mla_decode` for decoding over the
 latent cache. Both take positions and segment ids of queries and keys, allow
 T != S, and return the log-sum-exp of the scores beside the output, so that
-parts of one softmax computed apart combine exactly (`combine`).
+parts of one softmax computed apart can be joined exactly.
 """
 
 import jax
@@ -212,27 +212,3 @@ def mla_decode(
   )
   out = out.reshape(b, n, t, -1)[..., :kv_lora_rank].swapaxes(1, 2)
   return out.astype(q.dtype), lse
-
-
-def combine(
-  out_a: jax.Array, lse_a: jax.Array, out_b: jax.Array, lse_b: jax.Array
-) -> jax.Array:
-  """Joins two parts of one softmax over disjoint keys, exactly.
-
-  Args:
-    out_a: [B, T, N, C] with lse_a float32 [B, N, T]; likewise `b`.
-    lse_a: see `out_a`.
-    out_b: see `out_a`.
-    lse_b: see `out_a`.
-
-  Returns:
-    [B, T, N, C] in the dtype of `out_a`; a part without keys weighs nothing.
-  """
-  lse = jnp.logaddexp(lse_a, lse_b)
-  lse = jnp.where(jnp.isneginf(lse), 0.0, lse)  # neither part has a key
-
-  def weigh(out, part_lse):
-    weight = jnp.exp(part_lse - lse).swapaxes(1, 2)[..., None]
-    return weight * out.astype(jnp.float32)
-
-  return (weigh(out_a, lse_a) + weigh(out_b, lse_b)).astype(out_a.dtype)

@@ -1,5 +1,8 @@
 """Learning rate and batch size as functions of the step, from explicit counts.
 
+They are computed on the host and handed to the compiled step as data: another
+schedule, or another stage, is the same program.
+
 A schedule is a row of phases.  DeepSeek-V3's (section 4.2):
 
   phases = (
@@ -11,18 +14,19 @@ A schedule is a row of phases.  DeepSeek-V3's (section 4.2):
   )
 """
 
+import bisect
+import itertools
+import math
 from collections.abc import Callable
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from rlm.optim.config import ScheduleConfig
 
+Schedule = Callable[[int], np.float32]
 
-def make_schedule(
-  cfg: ScheduleConfig | float,
-) -> Callable[[jax.Array], jax.Array]:
+
+def make_schedule(cfg: ScheduleConfig | float) -> Schedule:
   """The value, float32, as a function of the step.
 
   A ramp of n steps gives its first step 1/n of the way and its last step the
@@ -32,29 +36,24 @@ def make_schedule(
     cfg: the phases; or a number that holds for ever.
 
   Returns:
-    A function of int32 [], traced or not.
+    A function of the step, from 0.
   """
   if not isinstance(cfg, ScheduleConfig):
-    return lambda step: jnp.float32(cfg)
-  steps = [phase.steps for phase in cfg.phases]
-  starts = np.cumsum([0, *steps[:-1]])
-  before = [0.0, *(phase.factor for phase in cfg.phases[:-1])]
+    return lambda step: np.float32(cfg)
+  ends = list(itertools.accumulate(phase.steps for phase in cfg.phases))
+  before = [0.0, *(phase.factor for phase in cfg.phases)]
 
-  def schedule(step: jax.Array) -> jax.Array:
-    step = jnp.asarray(step)
-    factor = jnp.float32(cfg.phases[-1].factor)
-    # Backwards, so that the phase that holds the step has the last word.
-    for phase, start, first in reversed(
-      list(zip(cfg.phases, starts, before, strict=True))
-    ):
-      done = jnp.clip((step - start + 1) / phase.steps, 0.0, 1.0)
-      if phase.shape == "cosine":
-        done = (1 - jnp.cos(jnp.pi * done)) / 2
-      elif phase.shape == "constant":
-        done = jnp.ones_like(done)
-      value = first + (phase.factor - first) * done
-      factor = jnp.where(step < start + phase.steps, value, factor)
-    return cfg.peak * factor
+  def schedule(step: int) -> np.float32:
+    i = bisect.bisect_right(ends, step)
+    if i == len(ends):
+      return np.float32(cfg.peak * before[-1])
+    phase, first = cfg.phases[i], before[i]
+    done = 1 - (ends[i] - step - 1) / phase.steps
+    if phase.shape == "cosine":
+      done = (1 - math.cos(math.pi * done)) / 2
+    elif phase.shape == "constant":
+      done = 1.0
+    return np.float32(cfg.peak * (first + (phase.factor - first) * done))
 
   return schedule
 

@@ -7,17 +7,13 @@ import numpy as np
 import optax
 
 from rlm.models.transformer import Transformer
+from rlm.optim.schedule import Schedule
 from rlm.rl.config import SelectionConfig
 from rlm.rl.diagnostics import make_diagnostics
 from rlm.rl.loss import make_logprobs, make_rl_loss, sampler_metrics
 from rlm.rl.metrics import combine_updates
 from rlm.rl.objectives import Objective, k3
-from rlm.train import (
-  Schedule,
-  TrainState,
-  make_train_step,
-  split_microbatches,
-)
+from rlm.train import TrainState, make_train_step, split_microbatches
 
 Minibatch = dict[str, np.ndarray]
 
@@ -51,6 +47,8 @@ class Learner:
     skip_nonfinite: bool,
   ):
     self._objective, self._selection = objective, selection
+    self._schedule = schedule
+    self._bias_update_rate = np.float32(bias_update_rate)
     self._train_step = jax.jit(
       make_train_step(
         make_rl_loss(
@@ -60,8 +58,6 @@ class Learner:
           replay_routes=replay_routes,
         ),
         tx,
-        schedule=schedule,
-        bias_update_rate=bias_update_rate,
         num_microbatches=selection.num_microbatches,
         ema_decay=None,
         skip_nonfinite=skip_nonfinite,
@@ -103,6 +99,7 @@ class Learner:
       The new policy, and metrics over all updates on the host; {} for none.
     """
     batches = [self._split(batch) for batch in minibatches]
+    first = int(policy.step)  # its rollout is on the host: nothing to wait for
     for batch in batches:
       if self._selection.num_minibatches > 1:
         old = self._logprobs(policy.variables, batch)
@@ -111,6 +108,8 @@ class Learner:
         batch["ref_logprobs"], _ = self._logprobs(reference, batch)
     updates = []
     for i, batch in enumerate(batches):
+      batch["learning_rate"] = self._schedule(first + i)
+      batch["bias_update_rate"] = self._bias_update_rate
       policy, metrics = self._train_step(
         policy, batch, jax.random.fold_in(key, i)
       )

@@ -12,12 +12,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlm.data.chat import Trace, encode_prompt
+from rlm.data.chat import Trace
 from rlm.data.tokenizer import Tokenizer
 from rlm.rewards.answers import parse_response
 from rlm.rewards.registry import Scored
 from rlm.rl.config import RejectionConfig
-from rlm.rl.rollout import Sampler, Scorer, completion_text
+from rlm.sampling.answering import Sampler, Scorer, answer_problems
 from rlm.tasks.base import Problem, Task
 from rlm.tasks.draws import Draws
 
@@ -108,37 +108,34 @@ def sample_chunk(
     ValueError: a prompt is too long for the sampler or the model.
   """
   n = samples_per_problem
-  prompts = [
-    ids
-    for problem in problems
-    for ids in [encode_prompt(tokenizer, problem.prompt)] * n
-  ]
   places = np.arange(first, first + len(problems), dtype=np.int32)
   keys = jax.vmap(
     lambda i: jax.vmap(
       lambda s: jax.random.fold_in(jax.random.fold_in(key, i), s)
     )(np.arange(n, dtype=np.int32))
   )(places).reshape(-1)
-  drawn = sampler.generate(variables, prompts, keys)
-  samples: list[list[Sample]] = []
-  for p, problem in enumerate(problems):
-    samples.append([])
-    for row in range(p * n, (p + 1) * n):
-      finished = bool(drawn.finished[row])
-      tokens = drawn.tokens[row, : drawn.lengths[row]]
-      text = completion_text(tokenizer, tokens, finished)
-      samples[p].append(
-        Sample(
-          problem=problem,
-          text=text,
-          length=len(tokens),
-          prompt_length=len(prompts[row]),
-          finished=finished,
-          score=scorer.score(problem, text, finished=finished),
-          readable=is_readable(tokenizer, tokens[:-1] if finished else tokens),
-        )
-      )
-  return samples
+  answers = answer_problems(
+    sampler,
+    variables,
+    problems,
+    tokenizer,
+    scorer,
+    keys,
+    samples_per_problem=n,
+  )
+  samples = [
+    Sample(
+      problem=problem,
+      text=answers.texts[i],
+      length=int(answers.completions.lengths[i]),
+      prompt_length=len(answers.prompts[i]),
+      finished=bool(answers.completions.finished[i]),
+      score=answers.scores[i],
+      readable=is_readable(tokenizer, answers.tokens(i)),
+    )
+    for i, problem in enumerate(answers.problems)
+  ]
+  return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
 def is_readable(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:

@@ -8,29 +8,20 @@ never padding.
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
 
-from rlm.data.chat import encode_prompt
 from rlm.data.tokenizer import Tokenizer
 from rlm.rewards.registry import Scored
+from rlm.sampling.answering import (
+  Sampler,
+  Scorer,
+  answer_problems,
+  request_keys,
+)
 from rlm.tasks.base import Problem
-
-
-class Sampler(Protocol):
-  """What a rollout needs of `rlm.sampling.sampler.Sampler`."""
-
-  def generate(self, variables: Any, prompts: list, keys: Any) -> Any:
-    """Completions of `prompts`, one per request key."""
-
-
-class Scorer(Protocol):
-  """What a rollout needs of `rlm.rewards.registry.Scorer`."""
-
-  def score(self, problem: Problem, text: str, finished: bool) -> Scored:
-    """The verdict on one completion's text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,33 +81,6 @@ class Rollout:
     }
 
 
-def request_keys(key: jax.Array, num_requests: int) -> jax.Array:
-  """The key of request i is fold_in(key, i), whatever slot it runs in.
-
-  Args:
-    key: of the step, or of the evaluation.
-    num_requests: B; request p * G + g is completion g of prompt p.
-
-  Returns:
-    Typed keys [B].
-  """
-  ids = np.arange(num_requests, dtype=np.int32)
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-
-
-def completion_text(
-  tokenizer: Tokenizer, tokens: np.ndarray, finished: bool
-) -> str:
-  """The text of one completion, without the EOS that ended it.
-
-  Args:
-    tokenizer: spells it.
-    tokens: int32 [length], without padding.
-    finished: whether the last token is the EOS.
-  """
-  return tokenizer.decode(tokens[:-1] if finished else tokens)
-
-
 def collect(
   sampler: Sampler,
   variables: Any,
@@ -129,13 +93,10 @@ def collect(
   row_length: int,
   weight_version: int,
 ) -> Rollout:
-  """Samples G completions of each problem and scores them.
-
-  A completion that ran out of tokens is scored as not finished: it earns
-  nothing, even if its text so far has the whole format.
+  """Samples and scores G completions of each problem, as rows to train on.
 
   Args:
-    sampler: draws; its stop token must be the tokenizer's EOS, alone.
+    sampler: draws; see `answer_problems`.
     variables: of the policy.
     problems: P problems.
     tokenizer: encodes prompts, decodes completions.
@@ -152,30 +113,28 @@ def collect(
     ValueError: a prompt is too long for the sampler or the model, or the
       rows are shorter than prompt and completion.
   """
-  repeated = [p for p in problems for _ in range(group_size)]
-  prompts = [
-    ids
-    for p in problems
-    for ids in [encode_prompt(tokenizer, p.prompt)] * group_size
-  ]
-  keys = request_keys(key, len(prompts))
-  completions = sampler.generate(variables, prompts, keys)
-  rows = pack_rows(prompts, completions, row_length, tokenizer.pad_id)
-  texts, scores = [], []
-  for i, problem in enumerate(repeated):
-    finished = bool(completions.finished[i])
-    tokens = completions.tokens[i, : completions.lengths[i]]
-    texts.append(completion_text(tokenizer, tokens, finished))
-    scores.append(scorer.score(problem, texts[i], finished=finished))
+  keys = request_keys(key, len(problems) * group_size)
+  answers = answer_problems(
+    sampler,
+    variables,
+    problems,
+    tokenizer,
+    scorer,
+    keys,
+    samples_per_problem=group_size,
+  )
+  rows = pack_rows(
+    answers.prompts, answers.completions, row_length, tokenizer.pad_id
+  )
   return Rollout(
     **rows,
     weight_version=np.where(
       rows["completion_mask"], np.int32(weight_version), np.int32(0)
     ),
     keys=np.asarray(jax.random.key_data(keys)),
-    problems=repeated,
-    texts=texts,
-    scores=scores,
+    problems=answers.problems,
+    texts=answers.texts,
+    scores=answers.scores,
   )
 
 

@@ -10,6 +10,8 @@ from experiments import pretrain, r1
 from rlm.config import build, plain
 from rlm.jsonl import read_jsonl
 from rlm.metrics import NonFiniteError
+from rlm.optim.config import ScheduleConfig
+from rlm.optim.schedule import make_schedule
 from tests.experiments import shrunk_laptop
 
 
@@ -50,6 +52,9 @@ def test_it_skips_and_ends(tmp_path):
   summary = run(config(on_nonfinite="skip"), tmp_path)
   records = read_jsonl(tmp_path / "metrics.jsonl")
   assert [r["nonfinite"] for r in records] == [0, 1, 1, 1]
+  # Skipped steps count: the rate goes on along its schedule.
+  rate = make_schedule(build(ScheduleConfig, dict(config()["schedule"])))
+  assert [r["learning_rate"] for r in records] == [rate(i) for i in range(4)]
   assert records[0]["loss"] > 0 and records[1]["loss"] is None
   assert summary["steps"] == 4 and summary["loss"] is None
   assert not list(tmp_path.glob("nonfinite_*"))

@@ -396,6 +396,7 @@ def test_the_large_configs_go_through_a_step_by_its_shapes(path):
   batch = dict.fromkeys(("tokens", "positions", "segment_ids"), row)
   batch["loss_mask"] = jax.ShapeDtypeStruct(row.shape, np.bool_)
   batch["num_live"] = jax.ShapeDtypeStruct((), np.int32)
+  batch |= pretrain.make_rates(cfg)(0)
   after, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
   assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
     lambda x: (x.shape, x.dtype), state

@@ -1,4 +1,3 @@
-import jax
 import numpy as np
 import pytest
 
@@ -28,16 +27,13 @@ def test_the_shape_of_deepseek_v3():
   np.testing.assert_allclose(rates[13:], 7.3e-6, rtol=1e-5)
 
 
-def test_traced_steps_give_the_same_rates():
+def test_rates_are_float32():
   schedule = make_schedule(build(ScheduleConfig, V3))
-  steps = np.arange(20, dtype=np.int32)
-  np.testing.assert_allclose(
-    jax.jit(jax.vmap(schedule))(steps), [schedule(s) for s in steps], rtol=1e-6
-  )
+  assert {schedule(step).dtype for step in range(20)} == {np.dtype("float32")}
 
 
 def test_a_number_holds_for_ever():
-  assert make_schedule(0.25)(jax.numpy.int32(7)) == 0.25
+  assert make_schedule(0.25)(7) == 0.25
 
 
 @pytest.mark.parametrize(

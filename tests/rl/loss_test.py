@@ -242,8 +242,6 @@ def test_an_update_leaves_the_mtp_modules_alone():
   step = make_train_step(
     make_rl_loss(model, objective, temperature=1.0, replay_routes=True),
     tx,
-    schedule=lambda step: 1e-2,
-    bias_update_rate=0.0,
     num_microbatches=1,
     ema_decay=None,
     skip_nonfinite=False,
@@ -252,6 +250,8 @@ def test_an_update_leaves_the_mtp_modules_alone():
   batch = split_microbatches(
     make_batch(objective), microbatch_rows=6, num_microbatches=1
   )
+  batch["learning_rate"] = np.float32(1e-2)
+  batch["bias_update_rate"] = np.float32(0)
   after, metrics = jax.jit(step)(state, batch, jax.random.key(0))
   assert float(metrics["nonfinite"]) == 0
   assert float(metrics["ratio/max"]) >= float(metrics["ratio/min"]) > 0

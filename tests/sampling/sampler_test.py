@@ -130,13 +130,13 @@ def trained(variables):
     mtp_depth=model.cfg.num_nextn_predict_layers,
   )
   batch = split_microbatches(batch, microbatch_rows=8, num_microbatches=1)
+  batch["learning_rate"] = np.float32(0.3)
+  batch["bias_update_rate"] = np.float32(0.05)
   tx = optax.sgd(1.0)
   step = jax.jit(
     make_train_step(
       losses.make_pretrain_loss(model, train_mtp=False, balance_weight=1e-4),
       tx,
-      schedule=lambda step: 0.3,
-      bias_update_rate=0.05,
       num_microbatches=1,
       ema_decay=None,
       skip_nonfinite=False,

@@ -1,0 +1,123 @@
+"""From problems to judged completions: encode, sample, decode, score.
+
+RL, rejection sampling and evaluation all ask here; they differ in the keys of
+their requests and in what they make of the verdicts.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from rlm.data.chat import encode_prompt
+from rlm.data.tokenizer import Tokenizer
+from rlm.rewards.registry import Scored
+from rlm.tasks.base import Problem
+
+
+class Sampler(Protocol):
+  """What is needed of `rlm.sampling.sampler.Sampler`."""
+
+  def generate(self, variables: Any, prompts: list, keys: Any) -> Any:
+    """Completions of `prompts`, one per request key."""
+
+
+class Scorer(Protocol):
+  """What is needed of `rlm.rewards.registry.Scorer`."""
+
+  def score(self, problem: Problem, text: str, finished: bool) -> Scored:
+    """The verdict on one completion's text."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """n completions of each of P problems, those of a problem adjacent.
+
+  Attributes:
+    problems: the P problems, each n times.
+    prompts: their token ids, chat markers included.
+    completions: `rlm.sampling.sampler.Completions` of the P * n requests.
+    texts: the completions' texts, without EOS.
+    scores: the verdicts.
+  """
+
+  problems: list[Problem]
+  prompts: list[list[int]]
+  completions: Any
+  texts: list[str]
+  scores: list[Scored]
+
+  def tokens(self, i: int) -> np.ndarray:
+    """int32 [length], what completion i holds before its EOS."""
+    return _spoken(self.completions, i)
+
+
+def _spoken(completions: Any, i: int) -> np.ndarray:
+  """Tokens of completion i, without padding and the EOS that ended it."""
+  end = completions.lengths[i] - int(completions.finished[i])
+  return completions.tokens[i, :end]
+
+
+def request_keys(key: jax.Array, num_requests: int) -> jax.Array:
+  """The key of request i is fold_in(key, i), whatever slot it runs in.
+
+  Args:
+    key: of the step, or of the evaluation.
+    num_requests: P * n; request p * n + s is sample s of problem p.
+
+  Returns:
+    Typed keys [P * n].
+  """
+  ids = np.arange(num_requests, dtype=np.int32)
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
+def answer_problems(
+  sampler: Sampler,
+  variables: Any,
+  problems: Sequence[Problem],
+  tokenizer: Tokenizer,
+  scorer: Scorer,
+  keys: jax.Array,
+  *,
+  samples_per_problem: int,
+) -> Answers:
+  """Draws and scores n completions of each problem.
+
+  A completion that ran out of tokens is scored as not finished: it earns
+  nothing, even if its text so far has the whole format.
+
+  Args:
+    sampler: draws; its stop token must be the tokenizer's EOS, alone.
+    variables: of the model.
+    problems: P problems.
+    tokenizer: encodes prompts, decodes completions.
+    scorer: judges texts.
+    keys: typed [P * n], one per request.
+    samples_per_problem: n.
+
+  Raises:
+    ValueError: a prompt is too long for the sampler or the model.
+  """
+  n = samples_per_problem
+  repeated = [problem for problem in problems for _ in range(n)]
+  asked = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+  prompts = [ids for ids in asked for _ in range(n)]
+  completions = sampler.generate(variables, prompts, keys)
+  texts = [
+    tokenizer.decode(_spoken(completions, i)) for i in range(len(prompts))
+  ]
+  return Answers(
+    problems=repeated,
+    prompts=prompts,
+    completions=completions,
+    texts=texts,
+    scores=[
+      scorer.score(problem, text, finished=bool(finished))
+      for problem, text, finished in zip(
+        repeated, texts, completions.finished, strict=True
+      )
+    ],
+  )
