@@ -4,12 +4,14 @@ r"""Several seeds of a recipe against controls: do R1's findings hold here?
     --config=configs/r1/study.py --workdir=runs/study
 
 Each seed runs the whole recipe in seed_K/ (a recipe's folder like any other,
-with its report) and two controls beside its stages there:
+with its report) and three controls beside its stages there:
 
-  sft_control  the cold start's fine-tuning, continued from the cold start with
-               as many FLOPs as RL used, sampling included
-  student_rl   RL as in the recipe on the small model that distillation used,
-               from that model's pretraining
+  sft_control   the cold start's fine-tuning, continued from the cold start with
+                as many FLOPs as RL used, sampling included
+  sft_verified  the same on worked solutions without an error: what a teacher
+                who is always right would give
+  student_rl    RL as in the recipe on the small model that distillation used,
+                from that model's pretraining
 
 Then comparison.json and comparison.html hold every stage of every seed, and
 R1's findings (RL raises accuracy, more than SFT of equal compute; responses
@@ -29,7 +31,8 @@ from rlm import files
 from rlm.config import build, did_you_mean, plain
 from rlm.stopping import Stop, Stopped, catch_signals
 
-SFT_CONTROL, STUDENT_RL = "sft_control", "student_rl"
+SFT_CONTROLS = ("sft_control", "sft_verified")
+STUDENT_RL = "student_rl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +46,7 @@ class Config:
     seeds: of the whole recipe, one run each.
     sft_control: keys of the stage that RL started from with other values in
       the control; its steps and schedules follow from the compute.
+    sft_verified: likewise, in the control on solutions without an error.
     student_rl: keys of the RL stage with other values in its control.
     confidence: of the intervals over seeds, such as 0.95.
   """
@@ -51,6 +55,7 @@ class Config:
   recipe_changes: dict
   seeds: tuple[int, ...]
   sft_control: dict
+  sft_verified: dict
   student_rl: dict
   confidence: float
 
@@ -105,7 +110,8 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   claims = r1_claims(
     cold_start=recipe["rl_gain"][0],
     rl=recipe["rl_gain"][1],
-    sft_control=SFT_CONTROL,
+    sft_control="sft_control",
+    sft_verified="sft_verified",
     distill=recipe["distilled"][1],
     student_rl=STUDENT_RL,
   )
@@ -166,7 +172,7 @@ def run_seed(
   r1.run(recipe, str(home), console=console)
   steps = control_steps(recipe, home)
   typed = build(r1.Config, add_controls(cfg, recipe, control_steps=steps))
-  for name in (SFT_CONTROL, STUDENT_RL):
+  for name in (*SFT_CONTROLS, STUDENT_RL):
     if stop.requested:
       raise Stopped(f"the study, before {name} of {home.name},", None)
     experiment, config = r1.stage_config(typed, name, home)
@@ -237,12 +243,12 @@ def merge(section: Any, changes: Any, where: str) -> Any:
 def add_controls(
   cfg: Config, recipe: dict[str, Any], *, control_steps: int
 ) -> dict[str, Any]:
-  """The recipe with the two controls as its last stages.
+  """The recipe with its controls as the last stages.
 
   Args:
     cfg: the study.
     recipe: of one seed.
-    control_steps: steps of the SFT control.
+    control_steps: steps of the SFT controls.
 
   Raises:
     ValueError: a change of a control names a key that its stage lacks.
@@ -250,15 +256,20 @@ def add_controls(
   start, rl = recipe["rl_gain"]
   student, _ = recipe["distilled"]
   stages = recipe["stages"]
-  sft = merge(stages[start], cfg.sft_control, "config.sft_control")
-  sft = lengthen(sft, control_steps) | {"init_from": f"stage:{start}"}
-  student_rl = merge(stages[rl], cfg.student_rl, "config.student_rl") | {
+  controls = {}
+  for name in SFT_CONTROLS:
+    sft = merge(stages[start], getattr(cfg, name), f"config.{name}")
+    sft = lengthen(sft, control_steps) | {"init_from": f"stage:{start}"}
+    controls[name] = sft
+  controls[STUDENT_RL] = merge(
+    stages[rl], cfg.student_rl, "config.student_rl"
+  ) | {
     "model": stages[student]["model"],
     "init_from": f"stage:{student}",
   }
   return recipe | {
-    "order": (*recipe["order"], SFT_CONTROL, STUDENT_RL),
-    "stages": stages | {SFT_CONTROL: sft, STUDENT_RL: student_rl},
+    "order": (*recipe["order"], *controls),
+    "stages": stages | controls,
   }
 
 
@@ -284,7 +295,7 @@ def lengthen(section: dict[str, Any], steps: int) -> dict[str, Any]:
 
 
 def control_steps(recipe: dict[str, Any], home: pathlib.Path) -> int:
-  """Steps of the SFT control that cost as many FLOPs as RL did.
+  """Steps of an SFT control that cost as many FLOPs as RL did.
 
   FLOPs and not tokens, because a token that RL samples costs a third of one
   that it trains on; by formula and not by the clock, because the clock would

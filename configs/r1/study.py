@@ -20,8 +20,11 @@ def get_config():
   c.seeds = (0, 1, 2)
   # A strong rival to RL: fresh traces by the same authors instead of the cold
   # start's few, which so many steps would memorise, and at RL's levels.
-  c.sft_control = dict(
-    data=dict(sources=dict(traces=dict(documents=20_000, levels=(2, 3, 4, 5))))
+  traces = dict(documents=20_000, levels=(2, 3, 4, 5))
+  c.sft_control = dict(data=dict(sources=dict(traces=traces)))
+  # A rival who knows what RL has to find out: the same without any error.
+  c.sft_verified = dict(
+    data=dict(sources=dict(traces=traces | dict(author="clean")))
   )
   c.student_rl = {}  # as the recipe's RL, but for model and start
   c.confidence = 0.95

@@ -45,6 +45,7 @@ def r1_claims(
   cold_start: str,
   rl: str,
   sft_control: str,
+  sft_verified: str,
   distill: str,
   student_rl: str,
 ) -> tuple[Claim, ...]:
@@ -57,7 +58,9 @@ def r1_claims(
   Args:
     cold_start: what RL started from.
     rl: RL.
-    sft_control: SFT from `cold_start`, with the compute of `rl`.
+    sft_control: SFT from `cold_start` on its kind of data, with the compute of
+      `rl`.
+    sft_verified: the same on solutions without an error.
     distill: the small model on the large one's traces.
     student_rl: RL alone on the small model.
   """
@@ -82,6 +85,13 @@ def r1_claims(
       "pass_at_1_given_format",
       rl,
       sft_control,
+    ),
+    Claim(
+      "rl_beats_verified_sft",
+      "RL, told right or wrong, does more than SFT on solutions without error.",
+      "pass_at_1",
+      rl,
+      sft_verified,
     ),
     Claim(
       "responses_lengthen",

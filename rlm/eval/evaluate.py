@@ -23,13 +23,9 @@ from rlm.eval.pass_at_k import (
   share_interval,
 )
 from rlm.models.config import ModelConfig
+from rlm.rewards.answering import Sampler, Scorer, answer_problems
 from rlm.rewards.registry import Scored
-from rlm.sampling.answering import (
-  Sampler,
-  Scorer,
-  answer_problems,
-  request_keys,
-)
+from rlm.sampling.sampler import request_keys
 from rlm.tasks.base import Problem, Task
 
 

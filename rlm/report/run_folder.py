@@ -26,7 +26,11 @@ STAGES = {
   "distill": "Distilled student",
 }
 # What a study adds to a recipe's folder.
-CONTROLS = {"sft_control": "SFT control", "student_rl": "Student RL"}
+CONTROLS = {
+  "sft_control": "SFT control",
+  "sft_verified": "SFT on verified",
+  "student_rl": "Student RL",
+}
 _COST = ("seconds", "tokens", "flops")
 _NOT_STAGES = {"evaluate", "traces", "tensorboard", "checkpoints"}
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from rlm.data.chat import Trace
 from rlm.data.tokenizer import Tokenizer
+from rlm.rewards.answering import Sampler, Scorer, answer_problems
 from rlm.rewards.answers import parse_response
 from rlm.rewards.registry import Scored
 from rlm.rl.config import RejectionConfig
-from rlm.sampling.answering import Sampler, Scorer, answer_problems
 from rlm.tasks.base import Problem, Task
 from rlm.tasks.draws import Draws
 

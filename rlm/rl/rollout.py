@@ -14,13 +14,9 @@ import jax
 import numpy as np
 
 from rlm.data.tokenizer import Tokenizer
+from rlm.rewards.answering import Sampler, Scorer, answer_problems
 from rlm.rewards.registry import Scored
-from rlm.sampling.answering import (
-  Sampler,
-  Scorer,
-  answer_problems,
-  request_keys,
-)
+from rlm.sampling.sampler import request_keys
 from rlm.tasks.base import Problem
 
 

@@ -95,6 +95,20 @@ class Completions:
   prompt_lengths: np.ndarray
 
 
+def request_keys(key: jax.Array, num_requests: int) -> jax.Array:
+  """The key of request i is fold_in(key, i), whatever slot it runs in.
+
+  Args:
+    key: of the step, or of the evaluation.
+    num_requests: N.
+
+  Returns:
+    Typed keys [N].
+  """
+  ids = np.arange(num_requests, dtype=np.int32)
+  return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
+
+
 class Sampler:
   """Compiles three programs on first use and reuses them for all weights.
 

@@ -15,6 +15,7 @@ CLAIMS = r1_claims(
   cold_start="cold_start",
   rl="rl",
   sft_control="sft_control",
+  sft_verified="sft_verified",
   distill="distill",
   student_rl="student_rl",
 )
@@ -43,6 +44,7 @@ def seed(cold, rl, control, distill, student):
     "cold_start": record(cold),
     "rl": record(rl, given_format=0.9, length=34.0),
     "sft_control": record(control),
+    "sft_verified": record(control),
     "distill": record(distill),
     "student_rl": record(student),
   }

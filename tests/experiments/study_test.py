@@ -35,6 +35,7 @@ ACCURACY = {
   "student_pretrain": 0.02,
   "distill": 0.6,
   "sft_control": 0.4,
+  "sft_verified": 0.9,
   "student_rl": 0.55,
 }
 
@@ -48,6 +49,7 @@ def config(**changes):
       sft_control=dict(
         data=dict(sources=dict(traces=dict(documents=9, levels=(2, 5))))
       ),
+      sft_verified=dict(data=dict(sources=dict(traces=dict(author="clean")))),
       student_rl=dict(schedule=dict(peak=1e-4)),
       confidence=0.95,
     )
@@ -154,9 +156,11 @@ def test_each_seed_runs_the_recipe_and_then_its_controls(stages, tmp_path):
     home = f"seed_{seed}"
     ran = [name for folder, name in stages.ran if folder == home]
     assert ran[:2] == ["pretrain", "evaluate/pretrain"]
-    assert ran[-4:] == [
+    assert ran[-6:] == [
       "sft_control",
       "evaluate/sft_control",
+      "sft_verified",
+      "evaluate/sft_verified",
       "student_rl",
       "evaluate/student_rl",
     ]
@@ -192,6 +196,11 @@ def test_the_sft_control_gets_the_flops_of_rl(stages, tmp_path):
   assert start["data"]["sources"]["traces"]["documents"] == 256
   same = set(start) - {"steps", "schedule", "data", "init_from", "stage"}
   assert {k: control[k] for k in same} == {k: start[k] for k in same}
+  # Its twin learns from solutions without an error.
+  twin = stages.configs["seed_1", "sft_verified"]
+  assert twin["steps"] == 66 and twin["schedule"] == control["schedule"]
+  assert twin["data"]["sources"]["traces"]["author"] == "clean"
+  assert sources["author"] == "noisy"
 
 
 def test_rl_on_the_student_starts_from_its_pretraining(stages, tmp_path):
@@ -218,6 +227,7 @@ def test_the_comparison_holds_every_seed_and_verdict(stages, tmp_path):
     "rl_raises_accuracy": "holds",
     "rl_beats_sft": "holds",
     "rl_beats_sft_given_format": "holds",
+    "rl_beats_verified_sft": "reversed",
     "responses_lengthen": "reversed",
     "distillation_beats_rl": "undecided",
   }
@@ -242,8 +252,8 @@ def test_a_study_killed_anywhere_continues_and_repeats_nothing(
   run(tmp_path, "whole", seeds=(0, 1))
   total = len(stages.ran)
   expected = (tmp_path / "whole" / "comparison.json").read_bytes()
-  assert total == 2 * (10 + 9)  # ten stages, of which rejection is not asked
-  for die_at in (0, 17, 18, total - 1):
+  assert total == 2 * (11 + 10)  # of 11 stages, rejection is not asked
+  for die_at in (0, 19, 20, total - 1):
     name = f"killed_{die_at}"
     stages.ran.clear()
     stages.die_at = die_at
@@ -264,8 +274,9 @@ def test_a_signal_ends_the_study_after_the_stage(stages, tmp_path):
   for stop_at, why, done in (
     (3, "the recipe, with cold_start done", 4),
     (14, "the study, before sft_control of seed_0", 15),
-    (15, "the study, before student_rl of seed_0", 17),
-    (18, "the study, with seed 0 done", 19),
+    (15, "the study, before sft_verified of seed_0", 17),
+    (17, "the study, before student_rl of seed_0", 19),
+    (20, "the study, with seed 0 done", 21),
   ):
     stages.ran.clear()
     stages.stop_at = stop_at
@@ -327,6 +338,7 @@ def get_config():
   c.recipe_changes = {}
   c.seeds = (0,)
   c.sft_control = dict(data=dict(sources=dict(traces=dict(documents=600))))
+  c.sft_verified = dict(data=dict(sources=dict(traces=dict(author="clean"))))
   c.student_rl = {}
   c.confidence = 0.95
   return c
@@ -361,6 +373,7 @@ def test_the_command_runs_a_study_of_real_stages(recipes, tmp_path):
   costs = {name: cost["flops"]["0"] for name, cost in found["costs"].items()}
   start = files.read_json(home / "cold_start" / "summary.json")
   step = start["flops"] / start["steps"]
-  assert abs(costs["sft_control"] - costs["rl"]) < 2 * step
+  for control in ("sft_control", "sft_verified"):
+    assert abs(costs[control] - costs["rl"]) < 2 * step
   student = files.read_json(home / "student_rl" / "config.json")
   assert student["model"]["first_k_dense_replace"] == 2

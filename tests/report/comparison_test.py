@@ -14,12 +14,16 @@ from rlm.report.comparison import (
 )
 from tests.report.conftest import measures
 
-STAGES = ("cold_start", "rl", "distill", "sft_control", "student_rl")
+STAGES = (
+  *("cold_start", "rl", "distill"),
+  *("sft_control", "sft_verified", "student_rl"),
+)
 ACCURACY = {  # by seed
   "cold_start": (0.2, 0.3, 0.4),
   "rl": (0.6, 0.75, 0.9),
   "distill": (0.5, 0.6, 0.7),
   "sft_control": (0.3, 0.3, 0.5),
+  "sft_verified": (0.7, 0.7, 0.8),
   "student_rl": (0.7, 0.72, 0.8),
 }
 
@@ -43,6 +47,7 @@ def comparison(seeds=3):
     cold_start="cold_start",
     rl="rl",
     sft_control="sft_control",
+    sft_verified="sft_verified",
     distill="distill",
     student_rl="student_rl",
   )

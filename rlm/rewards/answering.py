@@ -8,7 +8,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 from rlm.data.chat import encode_prompt
@@ -60,27 +59,13 @@ def _spoken(completions: Any, i: int) -> np.ndarray:
   return completions.tokens[i, :end]
 
 
-def request_keys(key: jax.Array, num_requests: int) -> jax.Array:
-  """The key of request i is fold_in(key, i), whatever slot it runs in.
-
-  Args:
-    key: of the step, or of the evaluation.
-    num_requests: P * n; request p * n + s is sample s of problem p.
-
-  Returns:
-    Typed keys [P * n].
-  """
-  ids = np.arange(num_requests, dtype=np.int32)
-  return jax.vmap(lambda i: jax.random.fold_in(key, i))(ids)
-
-
 def answer_problems(
   sampler: Sampler,
   variables: Any,
   problems: Sequence[Problem],
   tokenizer: Tokenizer,
   scorer: Scorer,
-  keys: jax.Array,
+  keys: Any,
   *,
   samples_per_problem: int,
 ) -> Answers:
@@ -95,7 +80,7 @@ def answer_problems(
     problems: P problems.
     tokenizer: encodes prompts, decodes completions.
     scorer: judges texts.
-    keys: typed [P * n], one per request.
+    keys: [P * n], one per request; the sampler's.
     samples_per_problem: n.
 
   Raises:

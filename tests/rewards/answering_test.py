@@ -4,8 +4,9 @@ import jax
 import numpy as np
 
 from rlm.data.chat import encode_prompt
+from rlm.rewards.answering import answer_problems
 from rlm.rewards.registry import Scorer
-from rlm.sampling.answering import answer_problems, request_keys
+from rlm.sampling.sampler import request_keys
 from tests.rl.reciter import TASK, TOKENIZER, Reciter, right, wrong
 
 
