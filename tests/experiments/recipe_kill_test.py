@@ -1,6 +1,8 @@
 """A recipe that is killed anywhere ends as the one that never was."""
 
 import json
+import os
+import pathlib
 import random
 import re
 import shutil
@@ -15,8 +17,6 @@ from rlm.jsonl import read_jsonl
 
 # A clock writes these; `init_from` and such name the folder.
 CLOCKS = ("seconds", "seconds_total")
-
-pytestmark = pytest.mark.full  # minutes of compilation
 
 
 def without_clocks(value):
@@ -96,6 +96,7 @@ def output_of(done, fault):
   return re.split(r" ended with code -?\d+\n", before)[-1]
 
 
+@pytest.mark.full
 def test_kills_stops_and_a_torn_checkpoint_change_nothing(recipes, expected):
   faults = (
     "kill@push:pretrain#90",  # 10 steps after a save
@@ -136,18 +137,37 @@ def test_kills_at_seeded_points_change_nothing(recipes, expected, whole, seed):
   check_same(recipes.folder / f"fuzz{seed}", expected)
 
 
-def rewind(whole, folder):
-  """A copy of the finished recipe as it was before its last stage began."""
+def rewind(whole, folder, *stages):
+  """A copy of the finished recipe as it was before its last stages began."""
   shutil.copytree(whole, folder)
   for name in ("summary.json", "report.html"):
     (folder / name).unlink()
-  for name in ("distill", "evaluate/distill"):
-    shutil.rmtree(folder / name)
   seconds = read_json(folder / "seconds.json")
-  del seconds["distill"]
+  for stage in stages:
+    shutil.rmtree(folder / stage)
+    shutil.rmtree(folder / "evaluate" / stage)
+    del seconds[stage]
   (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
+def test_kills_and_a_stop_late_in_the_recipe_change_nothing(recipes, expected):
+  folder = recipes.folder / "late"
+  rewind(expected, folder, "student_pretrain", "distill")
+  faults = (
+    "kill@rename:student_pretrain/summary.json#1",
+    "term@push:distill#3",
+    "kill@line:evaluate/distill/traces/distill.jsonl#2",
+    "none",
+  )
+  done = recipes.start("late", *faults)
+  assert codes(done) == [-9, 0, -9, 0], done.stdout + done.stderr
+  stopped = output_of(done, faults[1])
+  assert "distill stopped after step 3 and is saved. The same" in stopped
+  assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+  check_same(folder, expected)
+
+
+@pytest.mark.full
 def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
   recipes, expected, tmp_path
 ):
@@ -159,7 +179,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     subprocess.run([*namespace, mounted], capture_output=True).returncode
   ):
     pytest.skip("a small disk of its own needs user namespaces")
-  rewind(expected, tmp_path / "before")
+  rewind(expected, tmp_path / "before", "distill")
   faults = (
     "fill@fsync:distill/metrics.jsonl#1",
     "fill@generate:evaluate/distill#1",
@@ -187,14 +207,17 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
 @pytest.mark.full
 def test_a_torn_compiled_program_is_compiled_again(recipes, expected, tmp_path):
   folder = recipes.folder / "torn_cache"
-  rewind(expected, folder)
-  cache = tmp_path / "compilation_cache"
-  shutil.copytree(recipes.env["JAX_COMPILATION_CACHE_DIR"], cache)
-  for path in cache.iterdir():
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(recipes.env, "JAX_COMPILATION_CACHE_DIR", str(cache))
+  rewind(expected, folder, "distill")
+  # Torn where it is: its path is part of what jax looks a program up by.
+  cache = pathlib.Path(recipes.env["JAX_COMPILATION_CACHE_DIR"])
+  shutil.copytree(cache, tmp_path / "whole_cache")
+  try:
+    for path in cache.iterdir():
+      os.truncate(path, path.stat().st_size // 2)
     done = recipes.start("torn_cache", "none")
+  finally:
+    shutil.rmtree(cache)
+    shutil.copytree(tmp_path / "whole_cache", cache)
   assert codes(done) == [0], done.stderr
   assert "Error reading persistent compilation cache entry" in done.stderr
   check_same(folder, expected)
