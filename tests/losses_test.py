@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from rlm import losses
 from rlm.models.transformer import Transformer, head_kernel
+from tests.fast_jit import fast_jit
 from tests.tiny_model import tiny_config, tiny_model
 
 
@@ -91,7 +92,7 @@ def test_no_array_of_tokens_by_vocabulary_is_made():
       hidden, head, targets, n_vocab_used=32, temperature=1.0, chunk=8
     )[0].sum()
 
-  grad = jax.jit(jax.grad(total, argnums=(0, 1)))
+  grad = fast_jit(jax.grad(total, argnums=(0, 1)))
   text = grad.lower(hidden, head).compile().as_text()
   assert "f32[6,8]" in text
   assert "f32[6,32]" not in text
@@ -227,11 +228,11 @@ def test_the_loss_is_its_definition():
   batch = packed_batch()
   rows = (batch["tokens"], batch["positions"], batch["segment_ids"])
   loss_fn = losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.1)
-  loss, aux = jax.jit(loss_fn)(
+  loss, aux = fast_jit(loss_fn)(
     variables, weighted(batch, depth=depth), jax.random.key(0)
   )
 
-  apply = jax.jit(model.apply, static_argnames="method")
+  apply = fast_jit(model.apply, static_argnames="method")
   hidden, routing = apply(variables, *rows)
   states, mtp_routing = apply(variables, hidden, *rows, method="mtp")
   head = np.asarray(head_kernel(variables, model.cfg), np.float64)[:, :21]
@@ -275,7 +276,7 @@ def test_the_loss_is_its_definition():
 def test_nothing_is_learned_from_masked_or_foreign_tokens():
   """Changing a token outside the loss and its context leaves the loss."""
   model, variables = tiny_model()
-  loss_fn = jax.jit(
+  loss_fn = fast_jit(
     losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.0)
   )
   batch = weighted(packed_batch())
@@ -294,7 +295,7 @@ def test_nothing_is_learned_from_masked_or_foreign_tokens():
 
 def test_one_program_serves_every_mtp_weight():
   model, variables = tiny_model()
-  loss_fn = jax.jit(
+  loss_fn = fast_jit(
     losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.0)
   )
   totals = []
@@ -313,7 +314,7 @@ def test_without_mtp_its_modules_get_no_gradient():
     model, train_mtp=False, balance_weight=0.1
   )
   batch = losses.global_weights(packed_batch(), mtp_depth=1)
-  grads, aux = jax.jit(jax.grad(loss_fn, has_aux=True))(
+  grads, aux = fast_jit(jax.grad(loss_fn, has_aux=True))(
     variables, batch, jax.random.key(0)
   )
   assert aux.mtp_expert_load is None
@@ -327,7 +328,7 @@ def test_a_dense_model_has_no_balance():
   model, variables = tiny_model(first_k_dense_replace=2)
   loss_fn = losses.make_pretrain_loss(model, train_mtp=True, balance_weight=0.1)
   batch = weighted(packed_batch())
-  _, aux = jax.jit(loss_fn)(variables, batch, jax.random.key(0))
+  _, aux = fast_jit(loss_fn)(variables, batch, jax.random.key(0))
   assert aux.metrics["loss/balance"] == 0
   assert aux.metrics["loss/mtp"] > 0
   assert aux.expert_load.shape[0] == 0

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from rlm import losses, train
+from tests.fast_jit import fast_jit
 from tests.losses_test import packed_batch
 from tests.tiny_model import tiny_model
 
@@ -70,7 +71,7 @@ KEY = jax.random.key(0)
 
 def test_one_step_by_hand():
   batch = linear_batch(4)
-  state, metrics = jax.jit(linear_step(1))(
+  state, metrics = fast_jit(linear_step(1))(
     linear_state(), split(batch, 4, 1), KEY
   )
   w = np.array([1.0, -2.0, 0.5])
@@ -93,8 +94,8 @@ def test_one_step_by_hand():
 )
 def test_microbatches_add_up(rows, num_microbatches):
   batch = linear_batch(12)
-  whole = jax.jit(linear_step(1))(linear_state(), split(batch, 12, 1), KEY)
-  pieces = jax.jit(linear_step(num_microbatches))(
+  whole = fast_jit(linear_step(1))(linear_state(), split(batch, 12, 1), KEY)
+  pieces = fast_jit(linear_step(num_microbatches))(
     linear_state(), split(batch, rows, num_microbatches), KEY
   )
   chex.assert_trees_all_close(whole, pieces, rtol=1e-5, atol=1e-6)
@@ -105,7 +106,7 @@ def test_microbatches_add_up(rows, num_microbatches):
 
 
 def test_a_growing_batch_is_one_program():
-  step = jax.jit(linear_step(4), donate_argnums=0)
+  step = fast_jit(linear_step(4), donate_argnums=0)
   state = linear_state()
   for rows in (2, 4, 6, 8, 8):
     state, metrics = step(state, split(linear_batch(rows), 2, 4), KEY)
@@ -137,7 +138,7 @@ MOMENTUM = optax.sgd(1.0, momentum=0.9)
 @functools.cache  # one compilation for all tests that train the tiny model
 def pretrain_step(num_microbatches):
   model, _ = tiny_model()
-  return jax.jit(
+  return fast_jit(
     linear_step(
       num_microbatches,
       loss_fn=losses.make_pretrain_loss(
@@ -206,7 +207,7 @@ def test_expert_bias_follows_the_global_load():
 @pytest.mark.parametrize("skip_nonfinite", [True, False])
 def test_a_nonfinite_update_changes_nothing(skip_nonfinite):
   tx = optax.adam(1.0)
-  step = jax.jit(
+  step = fast_jit(
     linear_step(
       2,
       tx=tx,
@@ -237,7 +238,7 @@ def test_a_finite_loss_with_a_nonfinite_gradient_is_skipped():
     return loss + jnp.sqrt(variables["params"]["w"][0] - 1.0), aux
 
   state = linear_state()
-  after, metrics = jax.jit(linear_step(1, loss_fn=loss_fn))(
+  after, metrics = fast_jit(linear_step(1, loss_fn=loss_fn))(
     state, split(linear_batch(2), 2, 1), KEY
   )
   assert np.isfinite(metrics["loss"])
@@ -246,7 +247,7 @@ def test_a_finite_loss_with_a_nonfinite_gradient_is_skipped():
 
 
 def test_other_rates_are_the_same_program():
-  step = jax.jit(linear_step(1))
+  step = fast_jit(linear_step(1))
   moved = []
   for rate in (0.0, 0.1, 0.2):
     batch = split(linear_batch(2), 2, 1, rate=rate)
@@ -262,7 +263,7 @@ def test_ema_averages_the_parameters_in_float32():
   variables = {"params": {"w": jnp.ones(3, jnp.bfloat16)}}
   state = train.init_state(variables, SGD, ema_decay=0.75)
   assert state.ema["w"].dtype == jnp.float32
-  step = jax.jit(linear_step(1, ema_decay=0.75), donate_argnums=0)
+  step = fast_jit(linear_step(1, ema_decay=0.75), donate_argnums=0)
   first = np.asarray(state.ema["w"])
   state, _ = step(state, split(linear_batch(2), 2, 1), KEY)
   now = np.asarray(state.variables["params"]["w"], np.float32)
@@ -279,7 +280,7 @@ def test_microbatches_draw_their_own_noise():
     aux.metrics.update({"noise/min": noise, "noise/max": noise})
     return loss, aux
 
-  step = jax.jit(linear_step(3, loss_fn=loss_fn))
+  step = fast_jit(linear_step(3, loss_fn=loss_fn))
   batch = split(linear_batch(6), 2, 3)
   _, metrics = step(linear_state(), batch, KEY)
   assert metrics["noise/min"] < metrics["noise/max"]
@@ -289,7 +290,7 @@ def test_microbatches_draw_their_own_noise():
 
 def test_the_state_is_donated():
   state = linear_state(0.5)
-  step = jax.jit(linear_step(1, ema_decay=0.5), donate_argnums=0)
+  step = fast_jit(linear_step(1, ema_decay=0.5), donate_argnums=0)
   step(state, split(linear_batch(2), 2, 1), KEY)
   assert state.variables["params"]["w"].is_deleted()
   assert state.ema["w"].is_deleted()

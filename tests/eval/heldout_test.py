@@ -1,3 +1,4 @@
+import functools
 import math
 
 import jax
@@ -50,8 +51,13 @@ def problems(**changes):
   )
 
 
+@functools.cache  # jitting the bound method anew would compile anew
+def forward(model):
+  return jax.jit(model.apply)
+
+
 def logits_of(model, variables, batch):
-  hidden, _ = jax.jit(model.apply)(
+  hidden, _ = forward(model)(
     variables, batch["tokens"], batch["positions"], batch["segment_ids"]
   )
   head = np.asarray(head_kernel(variables, model.cfg), np.float64)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from rlm.kernels import grouped_matmul as kernel
-from tests.models.families import fast_jit
+from tests.fast_jit import fast_jit
 
 GROUPS, ALIGNMENT, ROWS, D, F = 4, 4, 24, 5, 3
 SIZES = {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from rlm.kernels import mla_attention as kernel
-from tests.models.families import fast_jit
+from tests.fast_jit import fast_jit
 
 B, T, S, N, H, R, WIDTH, C = 2, 6, 9, 3, 4, 2, 5, 7
 SCALE = 0.37

@@ -6,8 +6,9 @@ import pytest
 
 from rlm.models.block import Block
 from rlm.models.rope import rope_rotations
+from tests.fast_jit import fast_jit
 from tests.models import reference
-from tests.models.families import fast_jit, float64, model_of, variables_of
+from tests.models.families import float64, model_of, variables_of
 
 
 @pytest.mark.parametrize("routed", [False, True])

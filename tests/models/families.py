@@ -15,6 +15,7 @@ import numpy as np
 
 from rlm.models.config import RopeScaling
 from rlm.models.transformer import Transformer
+from tests.fast_jit import fast_jit
 from tests.models import reference
 from tests.tiny_model import tiny_config
 
@@ -93,13 +94,6 @@ FAMILIES = {
 # tokens; row 2 is padding alone.
 DOCUMENTS = ((0, 0, 3), (0, 3, 4), (1, 0, 5))
 SHAPE = (3, 7)
-
-# Half the time to compile, the same HLO: what runs here is tiny.
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
-
-
-def fast_jit(function):
-  return jax.jit(function, compiler_options=FAST_COMPILE)
 
 
 def model_of(name, **changes):

@@ -9,8 +9,9 @@ import pytest
 
 from rlm.models.mla import MLA, LatentCache, write_entry
 from rlm.models.rope import rope_rotations
+from tests.fast_jit import fast_jit
 from tests.models import families, reference
-from tests.models.families import fast_jit, float64
+from tests.models.families import float64
 from tests.tiny_model import tiny_config
 
 LENGTH = 5

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from rlm.models import moe
+from tests.fast_jit import fast_jit
 from tests.models import families, reference
-from tests.models.families import fast_jit
 from tests.tiny_model import tiny_config
 
 GATES = {

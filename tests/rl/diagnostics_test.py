@@ -6,6 +6,7 @@ from rlm.models.transformer import head_kernel
 from rlm.rl.diagnostics import make_diagnostics
 from rlm.rl.objectives import OBJECTIVES
 from rlm.train import split_microbatches
+from tests.fast_jit import fast_jit
 from tests.rl.loss_test import make_batch
 from tests.tiny_model import tiny_model
 
@@ -20,12 +21,12 @@ def test_against_a_whole_forward_pass(temperature):
   batch = make_batch(OBJECTIVES["dapo"])
   rows = rows_of(batch)
   routes = batch["expert_ids"].swapaxes(0, 1)
-  hidden, _ = jax.jit(model.apply)(variables, *rows, routes)
+  hidden, _ = fast_jit(model.apply)(variables, *rows, routes)
   split = split_microbatches(batch, microbatch_rows=2, num_microbatches=3)
-  diagnostics = jax.jit(make_diagnostics(model, temperature=temperature))
+  diagnostics = fast_jit(make_diagnostics(model, temperature=temperature))
   metrics = diagnostics(variables, split)
 
-  states, _ = jax.jit(lambda *args: model.apply(*args, method="mtp"))(
+  states, _ = fast_jit(lambda *args: model.apply(*args, method="mtp"))(
     variables, hidden, *rows
   )
   head = head_kernel(variables, model.cfg)[:, :21]

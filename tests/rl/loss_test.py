@@ -18,6 +18,7 @@ from rlm.rl.loss import (
 )
 from rlm.rl.objectives import OBJECTIVES, token_weights
 from rlm.train import init_state, make_train_step, split_microbatches
+from tests.fast_jit import fast_jit
 from tests.tiny_model import tiny_model
 
 LENGTH = 12
@@ -67,25 +68,30 @@ def make_batch(objective, length=LENGTH, extra_rows=0, seed=0):
   }
 
 
-@functools.cache
-def jitted_loss(name, replay_routes=True):
-  """(variables, batch) -> loss, Aux; without its gradient, quick to compile."""
+def loss_of(name, replay_routes=True):
+  """(variables, batch) -> loss, Aux."""
   model, _ = tiny_model()
   loss = make_rl_loss(
     model, OBJECTIVES[name], temperature=1.0, replay_routes=replay_routes
   )
-  return jax.jit(lambda v, b: loss(v, b, jax.random.key(0)))
+  return lambda v, b: loss(v, b, jax.random.key(0))
+
+
+@functools.cache
+def jitted_loss(name, replay_routes=True):
+  """`loss_of`, without its gradient, quick to compile."""
+  return fast_jit(loss_of(name, replay_routes))
 
 
 def test_logprobs_belong_to_the_token_they_stand_at():
   model, variables = tiny_model()
   batch = make_batch(OBJECTIVES["dapo"])
-  logprobs, entropy, _ = jax.jit(
+  logprobs, entropy, _ = fast_jit(
     functools.partial(
       completion_logprobs, model, temperature=0.7, replay_routes=True
     )
   )(variables, batch)
-  hidden, _ = jax.jit(model.apply)(
+  hidden, _ = fast_jit(model.apply)(
     variables,
     *(batch[k] for k in ("tokens", "positions", "segment_ids")),
     batch["expert_ids"].swapaxes(0, 1),
@@ -108,8 +114,7 @@ def test_microbatches_add_up_and_padding_counts_nowhere():
   # Through the model; every objective, without it, in objectives_test.
   _, variables = tiny_model()
   objective = OBJECTIVES["grpo_r1"]
-  loss_fn = jitted_loss("grpo_r1")
-  grad_fn = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+  grad_fn = fast_jit(jax.value_and_grad(loss_of("grpo_r1"), has_aux=True))
   (loss, aux), grads = grad_fn(variables, make_batch(objective))
   # Three microbatches of wider rows and two more padding rows.
   wide = make_batch(objective, length=LENGTH + 4, extra_rows=0)
@@ -140,9 +145,9 @@ def test_without_old_logprobs_the_ratio_is_one():
   split = split_microbatches(batch, microbatch_rows=3, num_microbatches=2)
   old, flips = (
     x.reshape(batch["tokens"].shape)
-    for x in jax.jit(make_logprobs(model, temperature=1.0, replay_routes=True))(
-      variables, split
-    )
+    for x in fast_jit(
+      make_logprobs(model, temperature=1.0, replay_routes=True)
+    )(variables, split)
   )
   assert not np.asarray(old)[~batch["loss_mask"]].any()
   given = batch | {"old_logprobs": old, "old_flips": flips}
@@ -166,7 +171,7 @@ def test_flips_are_against_the_sampler(replay_routes):
   model, variables = tiny_model()
   batch = make_batch(OBJECTIVES["dapo"])
   rows = [batch[k] for k in ("tokens", "positions", "segment_ids")]
-  _, free = jax.jit(model.apply)(variables, *rows)
+  _, free = fast_jit(model.apply)(variables, *rows)
   # The routes that the model chooses itself, but for one token.
   batch["expert_ids"] = np.array(free.expert_ids.swapaxes(0, 1))
   b, t = np.argwhere(batch["loss_mask"])[0]
@@ -174,7 +179,7 @@ def test_flips_are_against_the_sampler(replay_routes):
   unused = sorted(set(range(4)) - set(chosen.tolist()))
   batch["expert_ids"][b, 0, t] = unused
 
-  @jax.jit
+  @fast_jit
   def share(batch):
     _, _, routing = completion_logprobs(
       model, variables, batch, temperature=1.0, replay_routes=replay_routes
@@ -252,7 +257,7 @@ def test_an_update_leaves_the_mtp_modules_alone():
   )
   batch["learning_rate"] = np.float32(1e-2)
   batch["bias_update_rate"] = np.float32(0)
-  after, metrics = jax.jit(step)(state, batch, jax.random.key(0))
+  after, metrics = fast_jit(step)(state, batch, jax.random.key(0))
   assert float(metrics["nonfinite"]) == 0
   assert float(metrics["ratio/max"]) >= float(metrics["ratio/min"]) > 0
   for name, subtree in after.variables["params"].items():
