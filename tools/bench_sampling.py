@@ -24,6 +24,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from experiments import launch
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
 from rlm.sampling.sampler import Sampler, SamplingConfig
@@ -177,6 +178,7 @@ def main() -> None:
   dtypes = {"float32": "float32", "mixed": "bfloat16"}
   if set(arguments.precision) - set(dtypes):
     parser.error(f"--precision takes {', '.join(dtypes)}")
+  launch.keep_freed_memory()  # as a run does; it serves both sides
   packages = ("jax", "flax")
   if not arguments.alone:
     import torch

@@ -8,8 +8,9 @@ the model section of the config (without MTP, which transformers does not
 train), the same random tokens, next-token loss, clipping and AdamW with float32
 parameters and moments. `mixed` is bfloat16 compute over float32 parameters:
 dtype on our side, autocast on torch's. Torch runs eagerly, in the fastest of
-its attention and expert implementations on this machine. Rounds alternate; the
-ratio is that of the medians. Run it on an idle machine.
+its attention and expert implementations on this machine; rlm cuts the batch
+into the fastest number of microbatches. Rounds alternate; the ratio is that of
+the medians. Run it on an idle machine.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from collections.abc import Callable
 import jax
 import numpy as np
 
+from experiments import launch
 from rlm.config import build
 from rlm.losses import global_weights, make_pretrain_loss
 from rlm.models.config import ModelConfig
@@ -56,7 +58,7 @@ def random_tokens(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
 
 
 def rlm_steps(
-  cfg: ModelConfig, tokens: np.ndarray, steps: int
+  cfg: ModelConfig, tokens: np.ndarray, steps: int, microbatch_rows: int
 ) -> tuple[Callable[[], None], int]:
   """A function that takes `steps` training steps, and the parameter count."""
   model, tx = Transformer(cfg), make_optimizer(ADAMW)
@@ -74,8 +76,8 @@ def rlm_steps(
         mtp_depth=cfg.num_nextn_predict_layers,
       )
     ),
-    microbatch_rows=rows,
-    num_microbatches=1,
+    microbatch_rows=microbatch_rows,
+    num_microbatches=rows // microbatch_rows,
   )
   batch["mtp_weight"] = np.float32(0.3)
   batch["learning_rate"] = np.float32(LEARNING_RATE)
@@ -91,7 +93,7 @@ def rlm_steps(
         balance_weight=1e-4,
       ),
       tx,
-      num_microbatches=1,
+      num_microbatches=rows // microbatch_rows,
       ema_decay=None,
       skip_nonfinite=True,
     ),
@@ -161,8 +163,15 @@ def torch_steps(
 def compare(cfg: ModelConfig, arguments: argparse.Namespace) -> dict:
   """One case: both sides at one number of experts and one precision."""
   tokens = random_tokens(cfg, arguments.batch_size, arguments.length)
-  run, count = rlm_steps(cfg, tokens, arguments.steps)
-  rivals, result = {"rlm": run}, {}
+  made = {}
+  for microbatches in (1, 2, 4):
+    rows, rest = divmod(len(tokens), microbatches)
+    if not rest:
+      name = f"microbatch_rows={rows}"
+      made[name], count = rlm_steps(cfg, tokens, arguments.steps, rows)
+  name, seconds = interleave.fastest(made, rounds=arguments.rounds)
+  rivals = {"rlm": made[name]}
+  result: dict = {"rlm_variants": {"variant": name, "seconds": seconds}}
   if not arguments.alone:
     run, torch_count, tried = torch_steps(
       cfg, tokens, arguments.steps, rounds=arguments.rounds
@@ -203,6 +212,7 @@ def main() -> None:
   dtypes = {"float32": "float32", "mixed": "bfloat16"}
   if set(arguments.precision) - set(dtypes):
     parser.error(f"--precision takes {', '.join(dtypes)}")
+  launch.keep_freed_memory()  # as a run does; it serves both sides
   packages = ("jax", "flax", "optax")
   if not arguments.alone:
     import torch
