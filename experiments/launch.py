@@ -111,8 +111,8 @@ def keep_freed_memory() -> None:
   """Lets the C library keep what it frees, where it is glibc.
 
   XLA's CPU backend asks for its temporaries anew each step, and glibc gives
-  freed memory back to the system, which then zeroes every page again: a fifth
-  of the CPU time of a laptop's training step (`tools/bench_train.py`).
+  freed memory back to the system, which then zeroes every page again: a good
+  part of a laptop's training step (CHANGELOG.md has figures).
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is not None:

@@ -153,6 +153,7 @@ def get_config():
     ),
     prompts_per_step=16,
     group_size=16,
+    # R1 weighs both alike; here only accuracy should set a group apart.
     rewards=dict(accuracy=1.0, format=0.1),
     sampling=sampling | dict(max_new_tokens=64),
     slots=256,

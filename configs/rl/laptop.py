@@ -74,6 +74,7 @@ def get_config():
   )
   c.prompts_per_step = 16
   c.group_size = 16
+  # R1 weighs both alike; here only accuracy should set a group apart.
   c.rewards = dict(accuracy=1.0, format=0.1)
   c.sampling = dict(
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64, stop_tokens=()

@@ -64,9 +64,8 @@ def _attend_batched(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
 def _attend_by_head(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
   """One head after the other, in straight-line code, for the CPU.
 
-  Against the batched form: 5 times as fast forward and 3 times with gradients
-  (64 rows of 128 tokens, 4 heads of 16 + 16, two cores), since no axis has to
-  be moved and a head's scores stay in cache. The mask is added rather than
+  Several times faster there than the batched form, since no axis has to be
+  moved and a head's scores stay in cache. The mask is added rather than
   selected by, and the sum divides the output and not the weights.
   """
   dtype = q_nope.dtype

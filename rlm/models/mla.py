@@ -23,8 +23,8 @@ class LatentCache:
     layers: per layer, dense layers first, cfg.dtype [B, C + R, S]: the
       normalised latent c^KV over the rotated key k^R shared by all heads.
       Separate arrays and not a stack, so that decode reads a layer and adds a
-      token in place. Tokens are the minor axis: on the CPU the other order
-      costs six times as much.
+      token in place. Tokens are the minor axis, which the CPU's products of
+      decode need.
     lengths: int32 [B], tokens held by each row; later entries are unread.
   """
 

@@ -308,8 +308,7 @@ def routed_experts(
 
 # Where the two forms cost the same forward on 2 CPU cores, at 8 to 64 experts
 # of widths 16 to 128 alike: dense wastes, and blocks pad, in proportion to the
-# experts. At 2048 tokens dense takes 2 times as long with 8 experts (top 2)
-# and 10 times as long with 64 (top 4).
+# experts.
 DENSE_TOKENS = 64
 
 

@@ -201,8 +201,8 @@ PANELS = (
   ),
   Panel(
     "Expert routes that flip",
-    "Share of (layer, token) pairs that the trainer, left to itself, would"
-    " send to other experts than the sampler did.",
+    "Share of (layer, token) pairs whose router, along the sampler's route,"
+    " would choose other experts in the trainer than it did in the sampler.",
     ((r"route_flip_rate", "flips"),),
     fraction=True,
     limits=(0, None),

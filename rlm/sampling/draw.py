@@ -2,8 +2,7 @@
 
 A row's number depends on its request's key and the token's index alone, never
 on its slot or its neighbours, and there is one of it: inverting the cumulative
-distribution costs B random numbers where Gumbel noise costs B * V. At
-[128, 320] on two CPU cores that is 0.06 ms against 1.0 ms per token.
+distribution costs B random numbers where Gumbel noise costs B * V.
 """
 
 import math
@@ -66,8 +65,8 @@ def draw_tokens(
 def argmax_tokens(logits: jax.Array) -> jax.Array:
   """The likeliest token, the lowest id among ties; float32 [B, V] -> int32 [B].
 
-  As a max and a min, which XLA vectorises on the CPU; its argmax of [128, 320]
-  takes 0.2 ms, this 0.04 ms.
+  As a max and a min, which XLA vectorises on the CPU, as it does not its
+  argmax.
   """
   return _first(logits == logits.max(axis=-1, keepdims=True))
 
