@@ -8,7 +8,6 @@ second Ctrl-C.
 """
 
 import ast
-import ctypes
 import difflib
 import os
 import pathlib
@@ -59,6 +58,7 @@ def main(
     doc: its module's docstring, the text of --help.
     argv: the command; None is sys.argv.
   """
+  own_process = argv is None
   argv = list(sys.argv if argv is None else argv)
   values = flags.FlagValues()
   flags.DEFINE_string(
@@ -83,8 +83,9 @@ def main(
         "--workdir is missing: name the folder of this run, such as"
         " --workdir=runs/first."
       )
+    if own_process:
+      use_huge_pages()
     keep_compiled(values.workdir)
-    keep_freed_memory()
     run(values.config, values.workdir)
 
   def configured():
@@ -107,18 +108,20 @@ def keep_compiled(workdir: str) -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def keep_freed_memory() -> None:
-  """Lets the C library keep what it frees, where it is glibc.
+def use_huge_pages() -> None:
+  """Starts this process anew with glibc told to ask for huge pages.
 
-  XLA's CPU backend asks for its temporaries anew each step, and glibc gives
-  freed memory back to the system, which then zeroes every page again: a good
-  part of a laptop's training step (CHANGELOG.md has figures).
+  XLA's CPU backend allocates its temporaries anew each step, and in pages of
+  4 kB the system spends a good part of a small step on handing them out
+  (CHANGELOG.md has figures).  glibc reads the setting at its own start alone;
+  where it is set already, or another C library reads nothing, nothing happens.
   """
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is not None:
-    trim_threshold, top_pad = -1, -2  # of malloc.h
-    mallopt(trim_threshold, 1 << 30)
-    mallopt(top_pad, 64 << 20)
+  tunables = os.environ.get("GLIBC_TUNABLES", "")
+  if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
+    return
+  settings = [*filter(None, [tunables]), "glibc.malloc.hugetlb=1"]
+  os.environ["GLIBC_TUNABLES"] = ":".join(settings)
+  os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
 def check_one_process() -> None:

@@ -159,6 +159,7 @@ def compare(cfg: ModelConfig, rows: int, arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
   """Reads the flags, measures every case, prints JSON."""
+  launch.use_huge_pages()  # as a run does; it serves both sides
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -178,7 +179,6 @@ def main() -> None:
   dtypes = {"float32": "float32", "mixed": "bfloat16"}
   if set(arguments.precision) - set(dtypes):
     parser.error(f"--precision takes {', '.join(dtypes)}")
-  launch.keep_freed_memory()  # as a run does; it serves both sides
   packages = ("jax", "flax")
   if not arguments.alone:
     import torch

@@ -194,6 +194,7 @@ def compare(cfg: ModelConfig, arguments: argparse.Namespace) -> dict:
 
 def main() -> None:
   """Reads the flags, measures every case, prints JSON."""
+  launch.use_huge_pages()  # as a run does; it serves both sides
   parser = argparse.ArgumentParser(
     description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
   )
@@ -212,7 +213,6 @@ def main() -> None:
   dtypes = {"float32": "float32", "mixed": "bfloat16"}
   if set(arguments.precision) - set(dtypes):
     parser.error(f"--precision takes {', '.join(dtypes)}")
-  launch.keep_freed_memory()  # as a run does; it serves both sides
   packages = ("jax", "flax", "optax")
   if not arguments.alone:
     import torch

@@ -1,6 +1,7 @@
 """The command line: quick help, and mistakes told before anything starts."""
 
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from experiments import launch
 from rlm import files, stopping
 from rlm.metrics import NonFiniteError
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 CONFIG = """
 import ml_collections
 def get_config(size=8):
@@ -176,3 +178,25 @@ def test_a_stopped_run_exits_well_and_says_how_to_continue(capsys, config):
   launch.main(run, "Doc.", ["x", config, "--workdir=w"])
   out = capsys.readouterr().out
   assert "rl stopped after step 7 and is saved. The same command" in out
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_a_run_asks_for_huge_pages_in_the_same_process(tmp_path, config):
+  script = tmp_path / "experiment.py"
+  script.write_text(
+    "import os\n"
+    "from experiments import launch\n"
+    "def run(c, workdir):\n"
+    "  print(os.getpid(), os.environ['GLIBC_TUNABLES'], c.seed, workdir)\n"
+    "launch.main(run, 'Doc.')\n"
+  )
+  child = subprocess.Popen(
+    [sys.executable, str(script), config, "--config.seed=7", "--workdir=a b"],
+    env=os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "a.b.c=1"},
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  out, _ = child.communicate()
+  assert child.returncode == 0
+  # One process, started anew once, with its arguments as they were.
+  assert out == f"{child.pid} a.b.c=1:glibc.malloc.hugetlb=1 7 a b\n"
