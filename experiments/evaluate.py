@@ -180,7 +180,8 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     for record in records:
       traces.write(record)
     traces.flush()
-  return folder.finish(summary | {"seconds": time.monotonic() - began})
+  seconds = time.monotonic() - began
+  return folder.finish(summary | {"step": step, "seconds": seconds})
 
 
 def model_of(run_folder: str) -> tuple[str, ModelConfig]:

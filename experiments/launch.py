@@ -58,7 +58,8 @@ def main(
     doc: its module's docstring, the text of --help.
     argv: the command; None is sys.argv.
   """
-  own_process = argv is None
+  if argv is None:
+    use_huge_pages()
   argv = list(sys.argv if argv is None else argv)
   values = flags.FlagValues()
   flags.DEFINE_string(
@@ -83,8 +84,6 @@ def main(
         "--workdir is missing: name the folder of this run, such as"
         " --workdir=runs/first."
       )
-    if own_process:
-      use_huge_pages()
     keep_compiled(values.workdir)
     run(values.config, values.workdir)
 
@@ -113,12 +112,15 @@ def use_huge_pages() -> None:
 
   XLA's CPU backend allocates its temporaries anew each step, and in pages of
   4 kB the system spends a good part of a small step on handing them out
-  (CHANGELOG.md has figures).  glibc reads the setting at its own start alone;
-  where it is set already, or another C library reads nothing, nothing happens.
+  (CHANGELOG.md has figures).  glibc reads the setting at its own start alone.
+  Nothing happens where RLM_HUGE_PAGES is set (to keep it from happening, or
+  because it happened), nor in a notebook's or a debugger's process.
   """
-  tunables = os.environ.get("GLIBC_TUNABLES", "")
-  if sys.platform != "linux" or "glibc.malloc.hugetlb" in tunables:
+  hosted = sys.gettrace() or {"IPython", "debugpy"} & sys.modules.keys()
+  if sys.platform != "linux" or hosted or "RLM_HUGE_PAGES" in os.environ:
     return
+  os.environ["RLM_HUGE_PAGES"] = "1"
+  tunables = os.environ.get("GLIBC_TUNABLES", "")
   settings = [*filter(None, [tunables]), "glibc.malloc.hugetlb=1"]
   os.environ["GLIBC_TUNABLES"] = ":".join(settings)
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

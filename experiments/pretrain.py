@@ -149,6 +149,7 @@ MAY_CHANGE = (
   "init_from",
   "checkpoint_every_steps",
   "keep_checkpoints",
+  "on_nonfinite",  # equal while every step is finite
   "peak_flops",
 )
 

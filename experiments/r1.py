@@ -26,6 +26,13 @@ from rlm.tasks.registry import make_task
 EXPERIMENTS = ("pretrain", "sft", "rl", "reject", "distill")
 # What a stage's section says to the recipe; the rest is the experiment's.
 _RECIPE_KEYS = ("experiment", "model", "evaluate")
+# Of every stage: they change no result, so a recipe goes on with other values.
+_MAY_CHANGE = (
+  "checkpoint_every_steps",
+  "keep_checkpoints",
+  "on_nonfinite",
+  "peak_flops",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +253,13 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   check_plan(cfg, plan, root)
   check_headline(cfg)
   console = console or rich.console.Console()
-  folder = open_workdir(root, c)
+  folder = open_workdir(
+    root,
+    c,
+    may_change=tuple(
+      f"stages.{name}.{key}" for name in cfg.order for key in _MAY_CHANGE
+    ),
+  )
 
   # --- Stages. ---------------------------------------------------------------
   summary = folder.summary
@@ -255,15 +268,19 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     with catch_signals() as stop:
       for name, (experiment, config) in plan.items():
         stage_began = time.monotonic()
-        results[name] = experiment.run(
-          config, str(root / name), console=console
-        )
-        if cfg.stages[name]["evaluate"]:
-          evaluations[name] = evaluate.run(
-            evaluation_config(cfg, name, root),
-            str(root / "evaluate" / name),
-            console=console,
+        try:
+          results[name] = experiment.run(
+            config, str(root / name), console=console
           )
+          if cfg.stages[name]["evaluate"]:
+            evaluations[name] = evaluate.run(
+              evaluation_config(cfg, name, root),
+              str(root / "evaluate" / name),
+              console=console,
+            )
+        except Stopped:
+          _add_seconds(root, name, time.monotonic() - stage_began)
+          raise
         seconds = _add_seconds(root, name, time.monotonic() - stage_began)
         if stop.requested and name != cfg.order[-1]:
           raise Stopped(f"the recipe, with {name} done,", None)
@@ -370,7 +387,7 @@ def _add_seconds(
 ) -> dict[str, float]:
   """Adds to a stage's seconds, over all starts of the recipe; returns all.
 
-  What a start spent in a stage that it did not live to end is not in it.
+  What a start spent in a stage in which it was killed is not in it.
   """
   path = root / "seconds.json"
   spent = files.read_json(path) if path.exists() else {}

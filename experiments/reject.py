@@ -82,6 +82,7 @@ def prepare(
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Samples, or continues the run in `workdir`; returns its summary."""
   import jax
+  import numpy as np
 
   from rlm import flops
   from rlm.checkpoint import initial
@@ -149,7 +150,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
           )
       traces.flush()
       counts = rejection.count_chunk(samples, cfg.rejection)
-      log.push(chunk, counts, tokens=counts["tokens"])
+      cost = flops.sampling_flops(
+        model_cfg,
+        np.array([row[0].prompt_length for row in samples]),
+        np.array([[s.length for s in row] for row in samples]),
+      )
+      log.push(chunk, counts | {"flops": cost}, tokens=counts["tokens"])
       log.flush()
       bar.update(
         first + len(asked),
@@ -161,7 +167,8 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     seconds = log.total_seconds
 
   # --- The set ---------------------------------------------------------------
-  totals = rejection.total_counts(read_jsonl(metrics_path), cfg.rejection)
+  records = read_jsonl(metrics_path)
+  totals = rejection.total_counts(records, cfg.rejection)
   if not totals["kept"]:
     raise ValueError(
       f"none of {totals['sampled']} samples of {cfg.init_from!r} was kept"
@@ -177,16 +184,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     ],
   )
   size = flops.count_parameters(model_cfg)
-  # Half a row stands before a token on average; prompts cost a little less.
-  flops_per_token = flops.decode_flops_per_token(
-    model_cfg, sampler.capacity / 2
-  )
   return folder.finish(
     {
       "stage": cfg.stage,
       "seconds": seconds,
       **totals,
-      "flops": totals["tokens"] * flops_per_token,
+      "flops": sum(record["flops"] for record in records),
       "model": {"total": size.total, "activated": size.activated},
     }
   )

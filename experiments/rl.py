@@ -112,7 +112,12 @@ class Config:
 
 # A run may go on with other values of these, as they change no result; of
 # `init_from` the place may change, not the weights.
-MAY_CHANGE = ("init_from", "checkpoint_every_steps", "keep_checkpoints")
+MAY_CHANGE = (
+  "init_from",
+  "checkpoint_every_steps",
+  "keep_checkpoints",
+  "on_nonfinite",  # equal while every step is finite
+)
 
 
 def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:

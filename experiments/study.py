@@ -299,7 +299,7 @@ def control_steps(recipe: dict[str, Any], home: pathlib.Path) -> int:
 
   FLOPs and not tokens, because a token that RL samples costs a third of one
   that it trains on; by formula and not by the clock, because the clock would
-  not repeat.  RL's extra passes (reference, diagnostics) are not counted.
+  not repeat.
 
   Args:
     recipe: of this seed.

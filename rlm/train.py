@@ -164,9 +164,9 @@ def make_train_step(
 
   Every batch also holds two float32 []: `learning_rate`, which multiplies the
   updates of `tx`, and `bias_update_rate`, gamma of V3 section 2.1.2, where 0
-  freezes the expert bias.  Both follow from the loop's own step, never from the
-  optimizer's count, so that skipped updates leave them where the config puts
-  them.
+  freezes the expert bias.  Both follow from the number of the step, never from
+  the optimizer's count, so that skipped updates leave them where the config
+  puts them.
 
   Args:
     loss_fn: (variables, microbatch, key) -> (loss, Aux); a sum whose weights

@@ -1,9 +1,10 @@
 """AdamW, or Muon for the matrices and AdamW for the rest, at unit rate.
 
 The learning rate is not in here: the training step multiplies the updates by
-its schedule (`rlm.train`).  Which optimizer a parameter gets, and whether its
-weights decay, follows from its name by the table below; a name that the table
-lacks is an error, so that no new parameter is optimised by accident.
+the rate that its batch brings (`rlm.train`).  Which optimizer a parameter gets,
+and whether its weights decay, follows from its name by the table below; a name
+that the table lacks is an error, so that no new parameter is optimised by
+accident.
 """
 
 from typing import Any

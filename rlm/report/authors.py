@@ -21,7 +21,7 @@ _NOISE = {
   "settle": "{:.3g}% of the authors give up on a wrong answer",
   "slip": "each step slips with a chance of {:.3g}%",
 }
-_DRAWN = 500  # per level; a share is then known to about 2 points
+_DRAWN = 4000  # per level; a share is then known to about a point
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Authors:
     if not self.wrong:
       return text
     shares = ", ".join(
-      f"{100 * share:.0f}% at level {level}"
+      f"about {100 * share:.0f}% at level {level}"
       for level, share in self.wrong.items()
     )
     return f"{text}, so that the answer is wrong in {shares}"

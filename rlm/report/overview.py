@@ -8,7 +8,12 @@ from rlm.report.authors import noisy_authors
 from rlm.report.cost import StageCost, total
 from rlm.report.findings import evaluated_pair, points, signed
 from rlm.report.lineage import last_of_model, rl_pair
-from rlm.report.run_folder import Run, inline_label, stage_label
+from rlm.report.run_folder import (
+  Run,
+  inline_label,
+  stage_label,
+  summary_stages,
+)
 
 
 def subtitle(run: Run) -> str:
@@ -74,13 +79,17 @@ def key_figures(
 
 
 def total_cost(run: Run, stage_costs: list[StageCost]) -> StageCost:
-  """The sum of the rows; of time, what the summary says if it does."""
+  """The sum of the rows; of time, what the summary says of its own stages."""
   seconds = run.summary.get("seconds_total")
+  if text.is_number(seconds):
+    own = {stage_label(str(e["name"])) for e in summary_stages(run.summary)}
+    others = (c.seconds for c in stage_costs if c.label not in own)
+    seconds += total(others) or 0.0
+  else:
+    seconds = total(c.seconds for c in stage_costs)
   return StageCost(
     "Whole run",
-    seconds
-    if text.is_number(seconds)
-    else total(c.seconds for c in stage_costs),
+    seconds,
     total(c.tokens for c in stage_costs),
     total(c.flops for c in stage_costs),
     None,

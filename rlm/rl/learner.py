@@ -98,7 +98,7 @@ class Learner:
     Returns:
       The new policy, and metrics over all updates on the host; {} for none.
     """
-    batches = [self._split(batch) for batch in minibatches]
+    batches: list[dict[str, Any]] = [self._split(b) for b in minibatches]
     first = int(policy.step)  # its rollout is on the host: nothing to wait for
     for batch in batches:
       if self._selection.num_minibatches > 1:

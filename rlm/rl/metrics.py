@@ -22,13 +22,14 @@ def rollout_metrics(
     accuracy_given_format; steps_correct; response_length/mean and /finished in
     tokens; truncated, the share that ran out of tokens; zero_std_groups, the
     share of prompts without signal; level/K/accuracy of each level drawn;
-    tokens, those that went through the sampler.  None where there is nothing
-    to take a mean of.
+    tokens, those that went through the sampler, a prompt once for its group.
+    None where there is nothing to take a mean of.
   """
   correct = rollout.verdicts("correct")
   well_formed = rollout.verdicts("well_formed")
   rewards, lengths = rollout.rewards, rollout.lengths
   levels = rollout.levels
+  group_size = len(lengths) // len(tied)
   return {
     "reward/mean": float(rewards.mean()),
     "reward/std": float(rewards.std()),
@@ -44,7 +45,7 @@ def rollout_metrics(
       f"level/{level}/accuracy": float(correct[levels == level].mean())
       for level in sorted(set(levels.tolist()))
     },
-    "tokens": int((rollout.prompt_lengths + lengths).sum()),
+    "tokens": int(rollout.prompt_lengths[::group_size].sum() + lengths.sum()),
   }
 
 
@@ -70,13 +71,16 @@ def combine_updates(updates: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
   Returns:
     By name: the maximum of those that end in "/max", the minimum of "/min", the
-    sum of `nonfinite`, the mean of the others; empty for no updates.
+    mean of the others, all over the updates that were finite if any was; and
+    the sum of `nonfinite`.  Empty for no updates.
   """
   if not updates:
     return {}
+  finite = [update for update in updates if not update["nonfinite"]]
   combined = {}
   for name in updates[0]:
-    values = np.stack([np.asarray(update[name]) for update in updates])
+    chosen = updates if name == "nonfinite" else finite or updates
+    values = np.stack([np.asarray(update[name]) for update in chosen])
     if name.endswith("/max"):
       combined[name] = values.max(axis=0)
     elif name.endswith("/min"):

@@ -13,7 +13,13 @@ import jax
 import numpy as np
 
 from rlm.data.chat import Trace
-from rlm.data.tokenizer import Tokenizer
+from rlm.data.tokenizer import (
+  ANSWER,
+  END_ANSWER,
+  END_THINK,
+  THINK,
+  Tokenizer,
+)
 from rlm.rewards.answering import Sampler, Scorer, answer_problems
 from rlm.rewards.answers import parse_response
 from rlm.rewards.registry import Scored
@@ -149,18 +155,23 @@ def is_readable(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
     tokens: int32 [length], without EOS.
   """
   markers = {
-    tokenizer.think_id,
-    tokenizer.end_think_id,
-    tokenizer.answer_id,
-    tokenizer.end_answer_id,
+    THINK: tokenizer.think_id,
+    END_THINK: tokenizer.end_think_id,
+    ANSWER: tokenizer.answer_id,
+    END_ANSWER: tokenizer.end_answer_id,
   }
-  if any(tokenizer.is_special(t) and int(t) not in markers for t in tokens):
+  allowed = markers.values()
+  if any(tokenizer.is_special(t) and int(t) not in allowed for t in tokens):
     return False
   try:
-    tokenizer.decode_bytes(tokens).decode("utf-8")
+    text = tokenizer.decode_bytes(tokens).decode("utf-8")
   except UnicodeDecodeError:
     return False
-  return True
+  # A marker spelled letter by letter would come back as the marker.
+  return all(
+    text.count(name) == int(np.sum(tokens == token))
+    for name, token in markers.items()
+  )
 
 
 def is_accepted(sample: Sample, *, require_steps: bool) -> bool:
@@ -206,7 +217,7 @@ def count_samples(
   Returns:
     problems; sampled, well_formed, correct, verified (correct by right steps),
     accepted and kept samples; solved, the problems that gave something; tokens
-    of all prompts and completions; kept_tokens, of the kept completions.
+    of completions, and of each prompt once; kept_tokens, of kept completions.
   """
   drawn = [s for row in samples for s in row]
   chosen = [select(row, cfg) for row in samples]
@@ -222,7 +233,8 @@ def count_samples(
     ),
     "kept": len(kept),
     "solved": sum(map(bool, chosen)),
-    "tokens": sum(s.prompt_length + s.length for s in drawn),
+    "tokens": sum(row[0].prompt_length for row in samples)
+    + sum(s.length for s in drawn),
     "kept_tokens": sum(s.length for s in kept),
   }
 

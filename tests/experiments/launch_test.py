@@ -192,7 +192,8 @@ def test_a_run_asks_for_huge_pages_in_the_same_process(tmp_path, config):
   )
   child = subprocess.Popen(
     [sys.executable, str(script), config, "--config.seed=7", "--workdir=a b"],
-    env=os.environ | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "a.b.c=1"},
+    env={k: v for k, v in os.environ.items() if k != "RLM_HUGE_PAGES"}
+    | {"PYTHONPATH": str(ROOT), "GLIBC_TUNABLES": "a.b.c=1"},
     stdout=subprocess.PIPE,
     text=True,
   )

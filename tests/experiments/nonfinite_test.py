@@ -46,6 +46,8 @@ def test_it_stops_and_saves_the_batch(tmp_path):
   names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
   assert names == {"1"}
   assert not (tmp_path / "summary.json").exists()
+  # As the error says, skipping goes on from there.
+  assert run(config(on_nonfinite="skip"), tmp_path)["steps"] == 4
 
 
 def test_it_skips_and_ends(tmp_path):

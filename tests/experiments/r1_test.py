@@ -187,6 +187,14 @@ def test_another_config_in_its_folder_is_refused(whole):
   assert times(root) == files
 
 
+def test_what_changes_no_result_may_change(whole):
+  root, _ = whole
+  c = shrunk_laptop.get_config()
+  c.stages.rl.on_nonfinite = "skip"
+  c.stages.pretrain.checkpoint_every_steps = 7
+  assert r1.run(c, str(root)) == read_json(root / "summary.json")
+
+
 def test_the_report_is_one_file_with_every_stage(whole):
   root, _ = whole
   page = (root / "report.html").read_text()

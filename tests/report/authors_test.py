@@ -32,7 +32,7 @@ def test_the_authors_of_what_rl_started_from(recipe):
   assert authors.wrong[2] == pytest.approx(0.5 * 0.45 + 0.03, abs=0.05)
   assert authors.wrong[6] > authors.wrong[3] > authors.wrong[2]
   assert "in pretraining and cold start are by simulated" in authors.sentence
-  assert f"{100 * authors.wrong[2]:.0f}% at level 2" in authors.sentence
+  assert f"about {100 * authors.wrong[2]:.0f}% at level 2" in authors.sentence
   assert noisy_authors(read_run(recipe), "rl") == [authors], "not seeded"
 
 

@@ -30,7 +30,7 @@ def test_rollout_metrics_by_hand():
     metrics["response_length/mean"], (2 * whole - 1 + other) / 3
   )
   prompt = int(rollout.prompt_lengths[0])
-  assert metrics["tokens"] == 2 * (3 * prompt + 2 * whole - 1 + other)
+  assert metrics["tokens"] == 2 * (prompt + 2 * whole - 1 + other)
   assert level_success(rollout) == {2: 1 / 3}
 
 
@@ -45,15 +45,23 @@ def test_shares_of_nothing_are_not_measured():
 def test_updates_are_combined_by_the_end_of_their_names():
   updates = [
     {"loss": 1.0, "ratio/max": 2.0, "ratio/min": 0.5, "nonfinite": 0},
-    {"loss": 3.0, "ratio/max": 1.5, "ratio/min": 0.7, "nonfinite": 1},
-    {"loss": 5.0, "ratio/max": 1.0, "ratio/min": 0.9, "nonfinite": 1},
+    {"loss": 3.0, "ratio/max": 1.5, "ratio/min": 0.7, "nonfinite": 0},
+    {"loss": 5.0, "ratio/max": 1.0, "ratio/min": 0.9, "nonfinite": 0},
   ]
   assert combine_updates(updates) == {
     "loss": 3.0,
     "ratio/max": 2.0,
     "ratio/min": 0.5,
-    "nonfinite": 2,
+    "nonfinite": 0,
   }
-  load = [{"expert_load": np.array([[0.2, 0.8]])}] * 2
+  load = [{"expert_load": np.array([[0.2, 0.8]]), "nonfinite": 0}] * 2
   np.testing.assert_allclose(combine_updates(load)["expert_load"], [[0.2, 0.8]])
   assert combine_updates([]) == {}
+
+
+def test_a_skipped_update_does_not_hide_those_that_were_made():
+  bad = {"loss": np.nan, "ratio/max": np.nan, "nonfinite": 1}
+  good = {"loss": 1.0, "ratio/max": 2.0, "nonfinite": 0}
+  assert combine_updates([bad, good]) == good | {"nonfinite": 1}
+  both = combine_updates([bad, bad])
+  assert both["nonfinite"] == 2 and np.isnan(both["loss"])

@@ -231,6 +231,7 @@ def test_bytes_that_are_no_text_are_unreadable():
     ([0xC3, 0xA9], True),  # é
     ([0xC3], False),
     ([104, TOKENIZER.pad_id], False),
+    ([TOKENIZER.answer_id, *b"</answer>"], False),  # letters, not the marker
   ):
     tokens = np.array(tokens, np.int32)
     assert rejection.is_readable(TOKENIZER, tokens) is readable
