@@ -58,7 +58,7 @@ def main(
     doc: its module's docstring, the text of --help.
     argv: the command; None is sys.argv.
   """
-  if argv is None:
+  if argv is None and not _wants_help(sys.argv):
     use_huge_pages()
   argv = list(sys.argv if argv is None else argv)
   values = flags.FlagValues()

@@ -26,6 +26,8 @@ from rlm.tasks.registry import make_task
 EXPERIMENTS = ("pretrain", "sft", "rl", "reject", "distill")
 # What a stage's section says to the recipe; the rest is the experiment's.
 _RECIPE_KEYS = ("experiment", "model", "evaluate")
+# In the summary of every stage; None of one that is not evaluated.
+_MEASURES = ("pass_at_1", "pass_at_1_given_format", "maj_at_8", "pass_at_8")
 # Of every stage: they change no result, so a recipe goes on with other values.
 _MAY_CHANGE = (
   "checkpoint_every_steps",
@@ -337,6 +339,7 @@ def summarise(
         "tokens": results[name].get("tokens"),
         "flops": results[name].get("flops"),
       }
+      | dict.fromkeys(_MEASURES)
       | {k: v for k, v in measured.items() if k not in shared}
     )
     if name in evaluations:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import ml_collections
 import pytest
 
-from experiments import r1, study
+from experiments import r1, rl, study
 from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
@@ -110,3 +110,13 @@ def test_models_have_shapes(file, monkeypatch):
   for cfg in {s for s in sections if isinstance(s, ModelConfig)}:
     leaves = jax.tree.leaves(shapes_of(cfg)["params"])
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(cfg.param_dtype)}
+
+
+@pytest.mark.parametrize(
+  "file", [f for f in FILES if f.startswith("configs/rl/")]
+)
+def test_rl_could_begin(file, monkeypatch):
+  """Levels, prompts and worked solutions fit the rows of the sampler."""
+  monkeypatch.chdir(ROOT)
+  (typed,) = typed_configs(file)
+  rl.check_inputs(typed, pending=pathlib.Path("unused"))

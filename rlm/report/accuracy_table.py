@@ -36,7 +36,7 @@ def accuracy_tables(run: Run) -> Group:
   Returns:
     Tables in percent, with 95% intervals, and what has to be known of them.
   """
-  entries = [e for e in summary_stages(run.summary) if "pass_at_1" in e]
+  entries = [e for e in summary_stages(run.summary) if e.get("pass_at_1")]
   rows = [evaluation(str(entry["name"]), entry) for entry in entries]
   shown: list[RenderableType] = [
     _by_stage(rows, [entry.get("seconds") for entry in entries])

@@ -216,7 +216,7 @@ def read_run(workdir: Path | str) -> Run:
     # A recipe's summary repeats the essentials: they stand in for an
     # evaluation folder that was not copied along.
     for entry in summary_stages(summary):
-      if "pass_at_1" in entry:
+      if entry.get("pass_at_1"):
         cost = entry.get("evaluation")  # the entry's own is the stage's
         kept = {k: v for k, v in entry.items() if k not in _COST}
         kept |= cost if isinstance(cost, dict) else {}

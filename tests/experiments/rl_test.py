@@ -113,6 +113,8 @@ def test_interruptions_change_nothing_and_the_reward_rises(
   parts = results(tmp_path / "parts")
   assert parts == whole
 
+  # The last step ends with a refresh of the reference.
+  assert whole["state"]["reference"] == whole["state"]["variables"]
   records = read_jsonl(tmp_path / "whole" / "metrics.jsonl")
   rewards = [r["reward/mean"] for r in records]
   assert np.mean(rewards[-3:]) > np.mean(rewards[:3]) + 0.2
