@@ -157,11 +157,15 @@ class CheckpointManager:
         manifest.write_manifest(aside)
         os.rename(aside, final)
         files.sync_folder(self.folder)
-        for old in _steps(self.folder)[: -self._keep]:
-          # By a rename, so that a kill never leaves half an old checkpoint.
-          doomed = self.folder / f"{_ASIDE}{old}"
-          os.rename(self.folder / str(old), doomed)
-          shutil.rmtree(doomed)
+        self._drop_oldest()
+
+  def _drop_oldest(self) -> None:
+    """Removes all but the newest `keep` checkpoints."""
+    for old in _steps(self.folder)[: -self._keep]:
+      # By a rename, so that a kill never leaves half an old checkpoint.
+      doomed = self.folder / f"{_ASIDE}{old}"
+      os.rename(self.folder / str(old), doomed)
+      shutil.rmtree(doomed)
 
   def restore(self, template: Any) -> tuple[int, Any, dict[str, Any]] | None:
     """Reads the newest checkpoint that is whole.
@@ -200,6 +204,8 @@ class CheckpointManager:
       kept = self.folder / f"{bad}.torn"
       shutil.rmtree(kept, ignore_errors=True)  # of an earlier fall
       os.rename(self.folder / str(bad), kept)
+    if jax.process_index() == 0:
+      self._drop_oldest()  # a kill right after a save may have kept one more
     return step, state, extra
 
   def close(self) -> None:

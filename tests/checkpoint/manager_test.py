@@ -289,6 +289,14 @@ def test_what_a_kill_left_behind_is_cleared(tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"2"}
 
 
+def test_a_kill_between_a_save_and_its_clearing_leaves_none_too_many(tmp_path):
+  states = save_two(tmp_path)
+  shutil.copytree(tmp_path / "2", tmp_path / "3")  # as before its clearing
+  with manager_of(tmp_path, keep=2) as manager:
+    assert manager.restore(states[1])[0] == 3
+  assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
+
+
 def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
   states = save_two(tmp_path)
 
