@@ -270,23 +270,42 @@ def test_heldout_text_is_in_no_training_file():
         assert line not in training
 
 
+def sums_of(tokens, segment_ids):
+  """The two-digit sums of packed rows, as the task names them."""
+  for row, segments in zip(tokens, segment_ids, strict=True):
+    for s in range(1, segments.max() + 1):
+      text = TOK.decode(t for t in row[segments == s] if t < 256)
+      # Letter, upper and lower digit of each column, highest first.
+      digits = [c for c in text.split("?")[0] if c.isdigit()]
+      a, b = sorted(("".join(digits[::2]), "".join(digits[1::2])))
+      if len(a) == 2:
+        yield f"{a}+{b}"
+
+
 def test_heldout_problems_are_of_the_heldout_split():
+  only = _stream(sources=_sections(stdlib_weight=0.0))
+  rows = [only.rows[j] for j in range(only.record["sums"]["rows"])]
+  trained = set(
+    sums_of(
+      np.stack([row["tokens"] for row in rows]),
+      np.stack([row["segment_ids"] for row in rows]),
+    )
+  )
+  held_out = {
+    name
+    for batch in _heldout()["sums"].batches
+    for name in sums_of(batch["tokens"], batch["segment_ids"])
+  }
+  assert len(trained) > 20 and len(held_out) > 3
+  assert not trained & held_out
+  # By the task's own hash, too: these names are its identities.
   task = TASKS["addition"]
-  trained = {task.problem(5, i, 2, "train").identity for i in range(2000)}
-  seen = 0
-  for batch in _heldout()["sums"].batches:
-    for row, segments in zip(
-      batch["tokens"], batch["segment_ids"], strict=True
-    ):
-      for s in range(1, segments.max() + 1):
-        text = TOK.decode(t for t in row[segments == s] if t < 256)
-        # Letter, upper and lower digit of each column, highest first.
-        digits = [c for c in text.split("?")[0] if c.isdigit()]
-        a, b = sorted(("".join(digits[::2]), "".join(digits[1::2])))
-        if len(a) == 2:
-          seen += 1
-          assert f"{a}+{b}" not in trained
-  assert seen > 3
+  drawn = {
+    split: {task.problem(5, i, 2, split).identity for i in range(3000)}
+    for split in ("train", "heldout")
+  }
+  assert trained & drawn["train"] and held_out & drawn["heldout"]
+  assert not trained & drawn["heldout"] and not held_out & drawn["train"]
 
 
 def test_two_processes_share_the_heldout_rows():

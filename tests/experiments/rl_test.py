@@ -144,6 +144,41 @@ def check_records(records):
   assert all(0 < r["mtp_acceptance"] <= 1 for r in due)
 
 
+class Easy(Capitals):
+  """As `Capitals`, but every answer is right."""
+
+  def score(self, problem, text, finished):
+    scored = super().score(problem, text, finished)
+    return dataclasses.replace(scored, correct=True)
+
+
+def test_the_users_problems_get_harder_as_they_are_solved(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(registry, "Scorer", Easy)
+  lines = [
+    {"prompt": f"{i} + {i}?", "answer": str(2 * i), "level": 1 + i % 2}
+    for i in range(8)
+  ]
+  path = tmp_path / "problems.jsonl"
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  c = get_config()
+  c.steps = 2
+  c.task = dict(
+    name="jsonl", heldout_fraction=0.0, path=str(path), max_line_bytes=1000
+  )
+  c.curriculum.update(levels=(1, 2), start_level=1, smoothing=0.0)
+  c.objective.name = "grpo_r1"
+  c.traces_every_steps = 1
+  rl.run(c, tmp_path / "run")
+  first, second = read_jsonl(tmp_path / "run" / "metrics.jsonl")
+  assert (first["curriculum/level"], second["curriculum/level"]) == (1, 2)
+  assert "level/2/accuracy" not in first and "level/2/accuracy" in second
+  assert first["trained_tokens"] > 0 and math.isfinite(first["loss"])
+  asked = {t["prompt"] for t in read_jsonl(tmp_path / "run/traces/rl.jsonl")}
+  assert asked <= {line["prompt"] for line in lines}
+
+
 def test_a_run_can_be_evaluated_and_continued_from(tmp_path, monkeypatch):
   c = get_config()
   c.steps = 1

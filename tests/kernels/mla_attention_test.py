@@ -182,6 +182,16 @@ def test_the_front_door_batches_many_heads(monkeypatch):
   assert taken == ["_attend_by_head", "_attend_batched"]
 
 
+def test_chunks_never_hold_the_scores_of_all_queries():
+  def text(form):
+    grad = jax.grad(lambda *a: by_form(form)(*a)[0].sum(), argnums=range(5))
+    return jax.jit(grad).lower(*arrays()).as_text()
+
+  assert f"{B}x{T}x{S}x" in text("whole")
+  assert f"{B}x{T}x{S}x" not in text("chunks")
+  assert f"{B}x2x{S}x" in text("chunks")
+
+
 def test_query_chunk_must_divide():
   with pytest.raises(ValueError, match="query_chunk=4 does not divide the 6"):
     by = functools.partial(kernel.mla_attention, scale=1.0, query_chunk=4)

@@ -352,6 +352,19 @@ def test_unrolled_layers_are_recomputed_too():
   assert not has_barrier(unroll_layers=False)
 
 
+def test_remat_policies_compute_more_and_more_again():
+  def products(remat):
+    changes = dict(num_nextn_predict_layers=0, attention_chunk=0)
+    model = model_of("dense", remat=remat, unroll_layers=False, **changes)
+    variables, rows = variables_of("dense"), packed_rows()
+    grad = jax.grad(lambda v: model.apply(v, *rows)[0].sum())
+    text = jax.jit(grad).lower(variables).as_text()
+    return text.count("stablehlo.dot_general")
+
+  # "dots" keeps the products with weights, so only attention's come again.
+  assert products("none") < products("dots") < products("block")
+
+
 def test_update_router_moves_each_bias_by_its_own_load():
   router = variables_of("v3")["router"]
   rng = np.random.default_rng(0)
