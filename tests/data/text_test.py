@@ -1,5 +1,8 @@
+import hashlib
 import json
 import math
+import pathlib
+import sysconfig
 
 import hypothesis.strategies as st
 import numpy as np
@@ -30,6 +33,10 @@ def test_stdlib_is_split_by_file_and_recorded():
     assert [line.split("  ", 1)[1] for line in record["files"]] == [
       d.name for d in documents
     ]
+    for line in record["files"][:3]:
+      digest, name = line.split("  ", 1)
+      file = pathlib.Path(sysconfig.get_path("stdlib")) / name
+      assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
   total = corpus.record["train"]["bytes"] + corpus.record["heldout"]["bytes"]
   assert 400_000 < total <= 500_000
   assert load_stdlib(max_bytes=500_000, heldout_fraction=0.2) == corpus

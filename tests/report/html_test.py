@@ -81,6 +81,8 @@ def test_the_report_of_a_whole_recipe(recipe):
     "unigram entropy 4.71",
     "bigram entropy 3.62",
     "Sampler against trainer",
+    *("Reward", "Response length", "Entropy", "KL to the reference"),
+    *("Clipped tokens", "Gradient norm", "Expert routes that flip"),
     "Curriculum level",
     "MoE layer 2",
     "2 min 11 s",
