@@ -61,7 +61,7 @@ def get_config():
     initializer_range=0.02,
     tie_word_embeddings=False,
     num_nextn_predict_layers=1,
-    dtype="float32",
+    dtype="float32",  # bfloat16 is no faster on a CPU at these sizes
     param_dtype="float32",
     remat="none",
     unroll_layers=True,
