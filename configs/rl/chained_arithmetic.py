@@ -3,7 +3,9 @@ r"""RL with verified answers on chains of + and - modulo 97.
   python -m experiments.rl \
     --config=configs/rl/chained_arithmetic.py --workdir=runs/rl_chains
 
-From runs/families (configs/pretrain/families.py), without a cold start.
+From runs/families (configs/pretrain/families.py), without a cold start.  Goes
+from 40% in the first 5 rollouts to 57% in the last 10, never past level 3
+(accuracy of the training samples, seed 0, commit dd2d03d, two CPU cores).
 """
 
 import ml_collections

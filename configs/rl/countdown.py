@@ -4,7 +4,9 @@ r"""RL with verified answers on countdown: reach a number from given ones.
     --config=configs/rl/countdown.py --workdir=runs/rl_countdown
 
 From runs/families (configs/pretrain/families.py), without a cold start.  One
-fixed recipe pays up to 15% at level 3: read the levels apart.
+fixed recipe pays up to 15% at level 3: read the levels apart.  From this base
+RL hardly learns: 5% in the first 5 rollouts, 7% in the last 10, all at level 3
+(accuracy of the training samples, seed 0, commit dd2d03d, two CPU cores).
 """
 
 import ml_collections
