@@ -5,7 +5,7 @@ r"""RL with verified answers on multiplication by one digit in columns.
 
 From runs/families (configs/pretrain/families.py), without a cold start.  Level
 5 goes from 69% in the first 30 rollouts to 90% in the last 10, level 2 from 86%
-to 97% (accuracy of the training samples, seed 0, commit dd2d03d, two CPU cores).
+to 97% (accuracy of the training samples, seed 0, commit dd2d03d, two cores).
 """
 
 import ml_collections
