@@ -18,7 +18,7 @@ import sys
 import time
 from typing import Any
 
-from experiments import launch
+from experiments import launch, pretrain
 from rlm import files
 from rlm.config import build, did_you_mean, plain
 from rlm.tasks.registry import make_task
@@ -29,12 +29,8 @@ _RECIPE_KEYS = ("experiment", "model", "evaluate")
 # In the summary of every stage; None of one that is not evaluated.
 _MEASURES = ("pass_at_1", "pass_at_1_given_format", "maj_at_8", "pass_at_8")
 # Of every stage: they change no result, so a recipe goes on with other values.
-_MAY_CHANGE = (
-  "checkpoint_every_steps",
-  "keep_checkpoints",
-  "on_nonfinite",
-  "peak_flops",
-)
+# Another init_from names another stage here, not another place.
+_MAY_CHANGE = tuple(key for key in pretrain.MAY_CHANGE if key != "init_from")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@
 
 `jax.lax.ragged_dot` lowers on the CPU to a dense masked product over all the
 experts, whose cost grows with their number, so the CPU gets its own form. Its
-price is padding: at most `row_alignment - 1`
-rows of zeros per expert. No row is ever dropped.
+price is padding: at most `row_alignment - 1` rows of zeros per expert. No row
+is ever dropped.
 """
 
 import functools
