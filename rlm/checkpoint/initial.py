@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+import warnings
 import zlib
 from typing import Any
 
@@ -38,6 +39,8 @@ def initial_variables(
 ) -> Any:
   """Variables of a run's newest checkpoint, or random ones.
 
+  Warns of a run that has not finished.
+
   Args:
     model: the model that will use them.
     init_from: folder of the run; None draws random weights.
@@ -56,6 +59,12 @@ def initial_variables(
   if (folder / "config.json").exists():
     saved = files.read_json(folder / "config.json").get("model", {})
     check_same_model(init_from, saved, model.cfg)
+    if not (folder / "summary.json").exists():
+      warnings.warn(
+        f"config.init_from={init_from!r} is a run that has not finished; this"
+        " one starts from its newest checkpoint.",
+        stacklevel=2,
+      )
   variables = restore_variables(folder / "checkpoints")
   _refuse(init_from, differences(_layout(variables), _layout(shapes(model))))
   return variables

@@ -23,6 +23,7 @@ def run(tmp_path_factory):
   model, variables = tiny_model(**SMALL, first_k_dense_replace=0)
   section = dataclasses.asdict(model.cfg)
   (folder / "config.json").write_text(json.dumps({"model": section}))
+  (folder / "summary.json").write_text("{}")
   with CheckpointManager(folder / "checkpoints", keep=1) as manager:
     manager.save(3, init_state(variables, optax.sgd(1.0), ema_decay=None))
   return folder
@@ -57,6 +58,14 @@ def test_another_model_is_refused(run, changes, message):
   model = model_with(**changes)
   with pytest.raises(ValueError, match=message):
     initial.initial_variables(model, str(run), jax.random.key(0))
+
+
+def test_an_unfinished_run_is_pointed_out(run, tmp_path):
+  for name in ("config.json", "checkpoints"):
+    (tmp_path / name).symlink_to(run / name)
+  model = model_with()
+  with pytest.warns(UserWarning, match="is a run that has not finished"):
+    initial.initial_variables(model, str(tmp_path), jax.random.key(0))
 
 
 def test_bare_checkpoints_are_compared_by_their_arrays(run, tmp_path):

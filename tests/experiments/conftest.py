@@ -43,17 +43,22 @@ class Recipes:
       The finished process; its output has a line "FAULT ended with code N" at
       the end of each.
     """
+    return self.run(
+      *prefix,
+      sys.executable,
+      "tests/experiments/faulty_recipe.py",
+      "--config=tests/experiments/shrunk_laptop.py",
+      f"--workdir={self.folder / name}",
+      *flags,
+      FAULTS=" ".join(faults),
+    )
+
+  def run(self, *command: str, **env: str) -> subprocess.CompletedProcess:
+    """Runs a command in the root of the repository; returns it finished."""
     return subprocess.run(
-      [
-        *prefix,
-        sys.executable,
-        str(self.root / "tests/experiments/faulty_recipe.py"),
-        f"--config={self.root / 'tests/experiments/shrunk_laptop.py'}",
-        f"--workdir={self.folder / name}",
-        *flags,
-      ],
+      command,
       cwd=self.root,
-      env=self.env | {"FAULTS": " ".join(faults)},
+      env=self.env | env,
       capture_output=True,
       text=True,
       timeout=1800,

@@ -120,11 +120,26 @@ def compile_once():
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def scored():
+  """The variables that runs were evaluated with, in order."""
+  return []
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, scored):
   """(config, folder, summary) of a run that nothing disturbed."""
+  bits_per_byte = heldout.bits_per_byte
+
+  def recording(score_rows, variables, rows):
+    scored.append(jax.device_get(variables))
+    return bits_per_byte(score_rows, variables, rows)
+
   tmp_path = tmp_path_factory.mktemp("finished")
   c = config(tmp_path)
-  return c, tmp_path / "run", pretrain.run(c, tmp_path / "run", console=quiet())
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(heldout, "bits_per_byte", recording)
+    summary = pretrain.run(c, tmp_path / "run", console=quiet())
+  return c, tmp_path / "run", summary
 
 
 def quiet():
@@ -203,6 +218,18 @@ def test_a_run_reports_what_it_did(finished):
   )
   inputs = json.loads((folder / "run.json").read_text())["inputs"]
   assert len(inputs["data"]["texts"]["train"]["sha256"]) == 64
+
+
+def test_the_average_is_scored_and_not_the_last_weights(finished, scored):
+  _, folder, _ = finished
+  average, last = (
+    restore_part(folder / "checkpoints", name) for name in ("ema", "variables")
+  )
+  jax.tree.map(np.testing.assert_array_equal, scored[-1]["params"], average)
+  jax.tree.map(
+    np.testing.assert_array_equal, scored[-1]["router"], last["router"]
+  )
+  assert initial.digest(average) != initial.digest(last["params"])
 
 
 def test_a_run_killed_and_stopped_repeats_to_the_bit(

@@ -2,11 +2,13 @@
 
 import re
 import shlex
-import subprocess
+import sys
 
 import pytest
 
 from experiments import r1
+from rlm.checkpoint import initial
+from rlm.checkpoint.manager import restore_variables
 from rlm.files import read_json
 from rlm.jsonl import read_jsonl
 from tests.experiments import shrunk_laptop
@@ -208,16 +210,30 @@ def test_the_report_is_one_file_with_every_stage(whole):
 def test_the_chat_command_that_was_printed_answers(whole, recipes):
   first, _ = starts(whole)
   command = first.split("Chat with the model just trained:\n")[1].split("\n")[0]
-  done = subprocess.run(
-    [*shlex.split(command), "--prompt=b12a34?", "--max_new_tokens=34"],
-    cwd=recipes.root,
-    env=recipes.env,
-    capture_output=True,
-    text=True,
-    timeout=600,
+  done = recipes.run(
+    *shlex.split(command), "--prompt=b12a34?", "--max_new_tokens=34"
   )
   assert done.returncode == 0, done.stderr
   # It learned to begin so; what follows may be right or wrong.
   assert done.stdout.startswith("<think>")
   # The task's rule knows the sum: 12 + 34 in the columns b and a.
   assert "right" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_rl_goes_from_the_base_without_a_cold_start(whole, recipes):
+  base, zero = whole[0] / "pretrain", recipes.folder / "zero"
+  done = recipes.run(
+    *(sys.executable, "-m", "experiments.rl"),
+    "--config=tests/experiments/shrunk_zero.py",
+    *(f"--config.init_from={base}", f"--workdir={zero}"),
+  )
+  assert done.returncode == 0, done.stderr
+  start = initial.digest(restore_variables(base / "checkpoints"))
+  assert read_json(zero / "run.json")["inputs"]["init_from"] == start
+  assert initial.digest(restore_variables(zero / "checkpoints")) != start
+  records = read_jsonl(zero / "metrics.jsonl")
+  # What the base knows of the format is enough for a reward.
+  assert all(r["accuracy"] > 0 for r in records)
+  assert records[0]["ratio/min"] < 1 < records[0]["ratio/max"]
+  assert all(r["sampler_diff/max"] < 1e-4 for r in records)
+  assert read_json(zero / "summary.json")["updates"] == 4
