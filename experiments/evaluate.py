@@ -36,6 +36,7 @@ class Config:
     evaluation: see EvaluationConfig.
     sampling: see SamplingConfig.
     slots: completions decoded together.
+    sampling_devices: among how many devices the slots are divided.
     prompt_length: room for a prompt in tokens, chat markers included.
   """
 
@@ -45,6 +46,7 @@ class Config:
   evaluation: EvaluationConfig
   sampling: dict
   slots: int
+  sampling_devices: int
   prompt_length: int
 
 
@@ -90,7 +92,8 @@ def make_sampler(
   """The Sampler of completions that are scored, once problems are seen to fit.
 
   Args:
-    cfg: a config with the keys sampling, slots and prompt_length.
+    cfg: a config with the keys sampling, slots, sampling_devices and
+      prompt_length.
     task: the family.
     problems: what will be asked.
     tokenizer: of the model.
@@ -100,7 +103,8 @@ def make_sampler(
     ValueError: sizes that do not fit, or stop tokens.
   """
   from rlm.models.transformer import Transformer
-  from rlm.sampling.sampler import Sampler, SamplingConfig
+  from rlm.sampling.config import SamplingConfig
+  from rlm.sampling.sampler import Sampler
 
   sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
   if sampling.stop_tokens:
@@ -113,6 +117,7 @@ def make_sampler(
     sampling,
     slots=cfg.slots,
     prompt_length=cfg.prompt_length,
+    devices=cfg.sampling_devices,
     eos_token=tokenizer.eos_id,
     pad_token=tokenizer.pad_id,
   )

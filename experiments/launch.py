@@ -13,7 +13,7 @@ import os
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ml_collections
@@ -85,6 +85,7 @@ def main(
         " --workdir=runs/first."
       )
     keep_compiled(values.workdir)
+    offer_cpu_devices(values.config)
     run(values.config, values.workdir)
 
   def configured():
@@ -105,6 +106,22 @@ def keep_compiled(workdir: str) -> None:
   cache = pathlib.Path(workdir).absolute() / "compilation_cache"
   os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache))
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+
+def offer_cpu_devices(config: Any) -> None:
+  """Lets the CPU be as many devices as `config` samples with.
+
+  Call before jax is imported.  Nothing happens where JAX_NUM_CPU_DEVICES or
+  its XLA flag is set.
+
+  Args:
+    config: of a run; `sampling_devices` is looked for in all its sections.
+  """
+  if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+    return
+  wanted = [n for n in _values(config, "sampling_devices") if type(n) is int]
+  if wanted:
+    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(1, *wanted)))
 
 
 def use_huge_pages() -> None:
@@ -276,6 +293,15 @@ def _dotted(config: Any, prefix: str = "") -> list[str]:
     if isinstance(value, (ml_collections.ConfigDict, dict)):
       keys += _dotted(value, f"{prefix}{key}.")
   return keys
+
+
+def _values(config: Any, key: str) -> Iterator[Any]:
+  """What `key` is set to in a config and in its sections."""
+  for name, value in config.items():
+    if isinstance(value, (ml_collections.ConfigDict, dict)):
+      yield from _values(value, key)
+    elif name == key:
+      yield value
 
 
 def _near_files(name: str) -> list[str]:

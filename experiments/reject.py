@@ -37,6 +37,7 @@ class Config:
     rejection: see RejectionConfig.
     sampling: see SamplingConfig.
     slots: completions decoded together.
+    sampling_devices: among how many devices the slots are divided.
     prompt_length: room for a prompt in tokens, chat markers included.
   """
 
@@ -47,6 +48,7 @@ class Config:
   rejection: RejectionConfig
   sampling: dict
   slots: int
+  sampling_devices: int
   prompt_length: int
 
 

@@ -49,6 +49,7 @@ class Config:
     sampling: see SamplingConfig; without filters, so that log-probs are those
       of the whole distribution.
     slots: completions decoded together.
+    sampling_devices: among how many devices the slots are divided.
     prompt_length: room for a prompt in tokens, chat markers included.
     replay_routes: train along the sampler's expert routes.
     objective: see ObjectiveConfig.
@@ -82,6 +83,7 @@ class Config:
   rewards: dict[str, float]
   sampling: dict
   slots: int
+  sampling_devices: int
   prompt_length: int
   replay_routes: bool
   objective: ObjectiveConfig
@@ -132,7 +134,8 @@ def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:
   """
   from rlm.models.transformer import Transformer
   from rlm.rewards.registry import Scorer
-  from rlm.sampling.sampler import Sampler, SamplingConfig
+  from rlm.sampling.config import SamplingConfig
+  from rlm.sampling.sampler import Sampler
 
   sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
   check_sampling(sampling)
@@ -146,6 +149,7 @@ def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:
     sampling,
     slots=cfg.slots,
     prompt_length=cfg.prompt_length,
+    devices=cfg.sampling_devices,
     eos_token=tokenizer.eos_id,
     pad_token=tokenizer.pad_id,
   )

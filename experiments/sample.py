@@ -211,7 +211,7 @@ class Chat:
     """
     from rlm.models.config import ModelConfig
     from rlm.models.transformer import Transformer
-    from rlm.sampling.sampler import SamplingConfig
+    from rlm.sampling.config import SamplingConfig
 
     self.folder = folder
     self.config = files.read_json(folder / "config.json")
@@ -274,6 +274,7 @@ class Chat:
         dataclasses.replace(self.sampling, max_new_tokens=longest),
         slots=1,
         prompt_length=room,
+        devices=1,
         eos_token=self.tokenizer.eos_id,
         pad_token=self.tokenizer.pad_id,
         steps_per_call=TOKENS_PER_CALL,

@@ -81,6 +81,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   # --- Every config is checked before the first stage runs. ------------------
   cfg = build(Config, plain(c))
   recipes = {seed: load_recipe(cfg, seed) for seed in cfg.seeds}
+  launch.offer_cpu_devices(recipes[cfg.seeds[0]])  # jax is not yet imported
   root = pathlib.Path(workdir)
   first = cfg.seeds[0]
   check_recipe(

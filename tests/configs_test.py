@@ -17,7 +17,7 @@ from experiments import r1, rl, study
 from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
-from rlm.sampling.sampler import SamplingConfig
+from rlm.sampling.config import SamplingConfig
 from rlm.tasks.registry import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]

@@ -27,7 +27,8 @@ import numpy as np
 from experiments import launch
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
-from rlm.sampling.sampler import Sampler, SamplingConfig
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.sampler import Sampler
 from tools import interleave
 from tools.bench_train import load_model_config
 
@@ -39,7 +40,7 @@ def random_prompts(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
 
 
 def rlm_generate(
-  cfg: ModelConfig, prompts: np.ndarray, new_tokens: int
+  cfg: ModelConfig, prompts: np.ndarray, new_tokens: int, *, devices: int
 ) -> Callable[[], None]:
   """A function that completes all prompts once."""
   model = Transformer(cfg)
@@ -56,6 +57,7 @@ def rlm_generate(
     sampling,
     slots=rows,
     prompt_length=length,
+    devices=devices,
     eos_token=1,
     pad_token=0,
   )
@@ -141,7 +143,8 @@ def compare(cfg: ModelConfig, rows: int, arguments: argparse.Namespace) -> dict:
   """One case: both sides at one batch size and one precision."""
   prompts = random_prompts(cfg, rows, arguments.prompt_length)
   new_tokens = arguments.new_tokens
-  rivals, result = {"rlm": rlm_generate(cfg, prompts, new_tokens)}, {}
+  ours = rlm_generate(cfg, prompts, new_tokens, devices=arguments.devices)
+  rivals, result = {"rlm": ours}, {}
   if not arguments.alone:
     rivals["torch"], result["torch_variants"] = torch_generate(
       cfg, prompts, new_tokens, rounds=arguments.variant_rounds
@@ -173,12 +176,14 @@ def main() -> None:
   add("--rounds", type=int, default=7)
   add("--variant_rounds", type=int, default=1, help="rounds to pick torch's")
   add("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+  add("--devices", type=int, default=2, help="that share our slots")
   add("--alone", action="store_true", help="without torch")
   add("--output", help="also write the JSON here")
   arguments = parser.parse_args()
   dtypes = {"float32": "float32", "mixed": "bfloat16"}
   if set(arguments.precision) - set(dtypes):
     parser.error(f"--precision takes {', '.join(dtypes)}")
+  jax.config.update("jax_num_cpu_devices", arguments.devices)
   packages = ("jax", "flax")
   if not arguments.alone:
     import torch
@@ -203,6 +208,7 @@ def main() -> None:
         "batch_size": rows,
         "prompt_length": arguments.prompt_length,
         "new_tokens": arguments.new_tokens,
+        "devices": arguments.devices,
       }
       cases.append({**shape, **compare(case, rows, arguments)})
   result = interleave.circumstances(packages, arguments.threads)

@@ -157,6 +157,7 @@ def get_config():
     rewards=dict(accuracy=1.0, format=0.1),
     sampling=sampling | dict(max_new_tokens=64),
     slots=256,
+    sampling_devices=2,
     prompt_length=24,
     replay_routes=True,
     objective=dict(
@@ -267,6 +268,7 @@ def get_config():
       ),
       sampling=sampling | dict(max_new_tokens=64),
       slots=256,
+      sampling_devices=2,
       prompt_length=24,
     ),
     sft=supervised
@@ -374,6 +376,7 @@ def get_config():
     ),
     sampling=sampling | dict(max_new_tokens=80),
     slots=256,
+    sampling_devices=2,
     prompt_length=28,
   )
   c.rl_gain = ("cold_start", "rl")

@@ -79,6 +79,7 @@ def get_config():
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64, stop_tokens=()
   )
   c.slots = 256
+  c.sampling_devices = 2  # on a CPU, cores that decode a share each
   c.prompt_length = 24
   c.replay_routes = True
   c.objective = dict(  # None: as the row of rlm/rl/objectives.py says

@@ -1,7 +1,8 @@
 """Batched generation: fixed slots, filled from a queue of requests.
 
   sampler = Sampler(
-    model, sampling, slots=64, prompt_length=32, eos_token=eos, pad_token=pad
+    model, sampling, slots=64, prompt_length=32, devices=1,
+    eos_token=eos, pad_token=pad
   )
   completions = sampler.generate(variables, prompts, keys)
 
@@ -13,59 +14,22 @@ and the log-probs differ by rounding alone.
 With no more requests than slots there is one prefill and one device loop to the
 end of the longest row. With more, the loop returns as soon as enough rows have
 ended, and the queue takes their slots. Equal prompts are prefilled once.
+
+The slots may be divided among devices; see programs.py.
 """
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rlm.models.transformer import Transformer
-from rlm.sampling import loop
-from rlm.sampling.draw import argmax_tokens, draw_tokens
-from rlm.sampling.filters import filter_logits
-
-
-@dataclasses.dataclass(frozen=True)
-class SamplingConfig:
-  """How tokens are drawn.
-
-  Attributes:
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: tokens kept at each step; 0 keeps all.
-    top_p: probability kept at each step, in (0, 1]; 1 keeps all.
-    max_new_tokens: longest completion, its end token included.
-    stop_tokens: ids that end a completion besides the end of sequence.
-  """
-
-  temperature: float
-  top_k: int
-  top_p: float
-  max_new_tokens: int
-  stop_tokens: tuple[int, ...] = ()
-
-  def __post_init__(self):
-    if not 0 <= self.temperature < float("inf"):
-      raise ValueError(
-        f"temperature={self.temperature} must be at least 0 and finite;"
-        " 0 takes the likeliest token."
-      )
-    if self.top_k < 0:
-      raise ValueError(
-        f"top_k={self.top_k} must not be negative; 0 keeps all tokens."
-      )
-    if not 0 < self.top_p <= 1:
-      raise ValueError(
-        f"top_p={self.top_p} must lie in (0, 1]; 1 keeps all tokens."
-      )
-    if self.max_new_tokens < 1:
-      raise ValueError(
-        f"max_new_tokens={self.max_new_tokens} must be at least 1."
-      )
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.programs import make_programs, slot_mesh
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +82,7 @@ class Sampler:
     slots: B, rows decoded together.
     prompt_length: P, room for prompts; each value is a compilation of its own,
       so round it up (`bucket_length`).
+    devices: how many of jax's devices share the slots; divides them.
     eos_token: id that ends a completion.
     pad_token: id that fills rows after their end.
     steps_per_call: decode steps after which the device returns at the latest;
@@ -135,6 +100,7 @@ class Sampler:
     *,
     slots: int,
     prompt_length: int,
+    devices: int,
     eos_token: int,
     pad_token: int,
     steps_per_call: int | None = None,
@@ -143,6 +109,10 @@ class Sampler:
     if slots < 1 or prompt_length < 1:
       raise ValueError(
         f"{slots=} and {prompt_length=} must both be at least 1."
+      )
+    if devices < 1 or slots % devices:
+      raise ValueError(
+        f"{slots=} cannot be divided evenly among {devices=} devices."
       )
     if steps_per_call is not None and steps_per_call < 1:
       raise ValueError(f"{steps_per_call=} must be at least 1.")
@@ -177,14 +147,17 @@ class Sampler:
     )
     # One shape whatever the number of prompts, so that a prompt's bits do not
     # depend on how many came with it.
-    self.prefill_rows = max(min(slots, 16), slots // 16)
-    self._prefill, self._admit, self._decode = _programs(
+    share = slots // devices
+    self.prefill_rows = devices * max(min(share, 16), share // 16)
+    self.mesh = slot_mesh(devices)
+    self.programs = make_programs(
       model,
       sampling,
-      self.capacity,
-      self.steps_per_call,
-      self.stop_tokens,
-      pad_token,
+      self.mesh,
+      capacity=self.capacity,
+      steps_per_call=self.steps_per_call,
+      stop_tokens=self.stop_tokens,
+      pad_token=pad_token,
     )
 
   def generate(
@@ -255,50 +228,6 @@ def bucket_length(longest: int, multiple: int = 32) -> int:
   return -(-longest // multiple) * multiple
 
 
-@functools.lru_cache(maxsize=16)
-def _programs(
-  model: Transformer,
-  sampling: SamplingConfig,
-  capacity: int,
-  steps_per_call: int,
-  stop_tokens: tuple[int, ...],
-  pad_token: int,
-) -> tuple[Callable, Callable, Callable]:
-  """The jitted prefill, admit and decode.
-
-  Equal samplers share them: a recipe makes one for every evaluation, and
-  tracing them again would take longer than many an evaluation's decoding.
-  """
-  prefill = functools.partial(loop.prefill, model, capacity=capacity)
-  decode = functools.partial(
-    loop.decode_tokens,
-    model,
-    draw=functools.partial(_draw, sampling),
-    max_new_tokens=sampling.max_new_tokens,
-    buffer_steps=steps_per_call,
-    stop_tokens=stop_tokens,
-    pad_token=pad_token,
-  )
-  return (
-    jax.jit(prefill),
-    jax.jit(loop.admit, donate_argnums=0),
-    jax.jit(decode, donate_argnums=1),
-  )
-
-
-def _draw(sampling, logits, uniforms):
-  """loop.Draw by config; the choice between greedy and not is static."""
-  if sampling.temperature == 0:
-    return argmax_tokens(logits), jnp.zeros_like(uniforms)
-  logits = filter_logits(
-    logits,
-    temperature=sampling.temperature,
-    top_k=sampling.top_k,
-    top_p=sampling.top_p,
-  )
-  return draw_tokens(logits, uniforms)
-
-
 def _key_data(keys) -> np.ndarray:
   if jnp.issubdtype(keys.dtype, jax.dtypes.prng_key):
     keys = jax.random.key_data(keys)
@@ -311,7 +240,10 @@ class _Queue:
   def __init__(self, sampler: Sampler, variables, prompts, key_data):
     s, c = sampler, sampler.model.cfg
     n, longest = len(prompts), s.sampling.max_new_tokens
-    self._sampler, self._variables = sampler, variables
+    self._sampler = sampler
+    self._variables = jax.device_put(
+      variables, NamedSharding(s.mesh, PartitionSpec())
+    )
     self._key_data = key_data
     # Request -> row among the distinct prompts, in order of first use.
     self._distinct = list(dict.fromkeys(prompts))
@@ -320,7 +252,7 @@ class _Queue:
     self._waiting = 0  # first request that has no slot yet
     self._slot_request = np.full(s.slots, -1)
     self._block = -1  # of prefill_rows distinct prompts, on the device now
-    self._slots = loop.empty_slots(s.model, s.slots, s.capacity)
+    self._slots = s.programs.start(s.slots)
     self.tokens = np.full((n, longest), s.pad_token, np.int32)
     self.logprobs = np.zeros((n, longest), np.float32)
     self.lengths = np.zeros(n, np.int32)
@@ -352,8 +284,9 @@ class _Queue:
     # While requests wait, come back when an eighth of the slots are free: a
     # smaller share would prefill too often, a larger one leave slots idle.
     refill = self._waiting < len(self._rows)
-    min_live = s.slots - max(s.slots // 8, 1) + 1 if refill else 1
-    self._slots, drawn = s._decode(
+    share = s.slots // s.mesh.size
+    min_live = share - max(share // 8, 1) + 1 if refill else 1
+    self._slots, drawn = s.programs.decode(
       self._variables, self._slots, s.steps_per_call, min_live
     )
     self._collect(taken, drawn)
@@ -362,7 +295,9 @@ class _Queue:
   def _fill(self):
     """Gives free slots to waiting requests, block of prompts by block."""
     s = self._sampler
+    share = s.slots // s.mesh.size
     free = np.flatnonzero(self._slot_request < 0)
+    free = free[np.lexsort((free // share, free % share))]  # device by device
     while free.size and self._waiting < len(self._rows):
       requests = np.arange(self._waiting, len(self._rows))[: free.size]
       blocks = self._rows[requests] // s.prefill_rows
@@ -376,7 +311,9 @@ class _Queue:
       rows[chosen] = self._rows[requests] % s.prefill_rows
       key_data = np.zeros((s.slots, 2), np.uint32)
       key_data[chosen] = self._key_data[requests]
-      self._slots = s._admit(self._slots, self._prefilled, rows, key_data)
+      self._slots = s.programs.admit(
+        self._slots, self._prefilled, rows, key_data
+      )
       self._slot_request[chosen] = requests
       self._waiting += count
       for request in requests:
@@ -393,14 +330,14 @@ class _Queue:
     for row, prompt in enumerate(prompts):
       tokens[row, : len(prompt)] = prompt
       lengths[row] = len(prompt)
-    self._prefilled = s._prefill(self._variables, tokens, lengths)
+    self._prefilled = s.programs.prefill(self._variables, tokens, lengths)
     self._routes = np.asarray(self._prefilled.expert_ids)
     self._block = block
 
   def _collect(self, taken, drawn):
     """Copies a call's results to their requests and frees ended slots."""
     drawn = jax.device_get(drawn)
-    if not drawn.finite:
+    if not drawn.finite.all():
       raise ValueError(
         "the model's logits are not finite, so its weights are broken. Sample"
         " from an earlier checkpoint, and look for where training diverged."

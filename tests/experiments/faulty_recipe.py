@@ -32,6 +32,7 @@ import signal
 import sys
 
 from experiments import launch, r1
+from tests.experiments import shrunk_laptop
 
 BALLAST = "ballast"
 
@@ -174,7 +175,9 @@ def main():
   workdir = next(
     arg.partition("=")[2] for arg in sys.argv if arg.startswith("--workdir=")
   )
-  launch.keep_compiled(workdir)  # before import_all imports jax
+  # As launch.main would, but before import_all imports jax.
+  launch.keep_compiled(workdir)
+  launch.offer_cpu_devices(shrunk_laptop.get_config())
   import_all()
   for fault in os.environ["FAULTS"].split():
     pathlib.Path(workdir, BALLAST).unlink(missing_ok=True)

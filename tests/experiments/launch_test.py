@@ -180,6 +180,23 @@ def test_a_stopped_run_exits_well_and_says_how_to_continue(capsys, config):
   assert "rl stopped after step 7 and is saved. The same command" in out
 
 
+@pytest.mark.parametrize(
+  ("before", "after"),
+  [
+    ({}, "4"),
+    ({"JAX_NUM_CPU_DEVICES": "8"}, "8"),
+    ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, None),
+  ],
+)
+def test_the_cpu_becomes_as_many_devices_as_sample(monkeypatch, before, after):
+  monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+  for name, value in before.items():
+    monkeypatch.setenv(name, value)
+  sections = {"rl": {"sampling_devices": 4}, "sft": {"sampling_devices": "x"}}
+  launch.offer_cpu_devices({"sampling_devices": 2, "stages": sections})
+  assert os.environ.get("JAX_NUM_CPU_DEVICES") == after
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
 def test_a_run_asks_for_huge_pages_in_the_same_process(tmp_path, config):
   script = tmp_path / "experiment.py"

@@ -65,7 +65,7 @@ def get_config():
   c.sampling = dict(
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=34, stop_tokens=()
   )
-  c.slots, c.prompt_length = 32, 16
+  c.slots, c.sampling_devices, c.prompt_length = 32, 2, 16
   c.replay_routes = True
   c.objective = dict(
     name="grpo",

@@ -257,6 +257,7 @@ def evaluate_config(run):
     ),
     sampling=dict(get_config().sampling),
     slots=get_config().slots,
+    sampling_devices=1,
     prompt_length=get_config().prompt_length,
   )
 

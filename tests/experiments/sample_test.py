@@ -14,7 +14,8 @@ from experiments import launch, sample
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.data.chat import encode_prompt, encode_response
 from rlm.data.tokenizer import ByteTokenizer
-from rlm.sampling.sampler import Sampler, SamplingConfig
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.sampler import Sampler
 from rlm.tasks.registry import make_task
 from tests.tiny_model import tiny_model
 
@@ -212,7 +213,13 @@ def test_one_prompt_is_answered_and_checked(recipe, monkeypatch, capsys):
     temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=16
   )
   sampler = Sampler(
-    model, sampling, slots=1, prompt_length=32, eos_token=257, pad_token=258
+    model,
+    sampling,
+    slots=1,
+    prompt_length=32,
+    devices=1,
+    eos_token=257,
+    pad_token=258,
   )
   tokens = encode_prompt(TOKENIZER, "b12a34?")
   drawn = sampler.generate(

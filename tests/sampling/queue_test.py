@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from rlm.models.mla import LatentCache, write_entry
 from rlm.sampling import loop
-from rlm.sampling.sampler import Sampler, SamplingConfig
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.sampler import Sampler
 
 VOCAB, EOS, STOP, PAD = 11, 0, 7, 10
 MAX_NEW, PROMPT = 6, 4
@@ -74,7 +75,7 @@ VARIABLES = {"params": {"head": 100 * jnp.eye(VOCAB)}}
 
 
 @functools.cache
-def make_sampler(slots, steps_per_call=None, temperature=1.0):
+def make_sampler(slots, steps_per_call=None, temperature=1.0, devices=1):
   return Sampler(
     Reckoner(),
     SamplingConfig(
@@ -86,6 +87,7 @@ def make_sampler(slots, steps_per_call=None, temperature=1.0):
     ),
     slots=slots,
     prompt_length=PROMPT,
+    devices=devices,
     eos_token=EOS,
     pad_token=PAD,
     steps_per_call=steps_per_call,
@@ -165,7 +167,8 @@ def test_an_end_token_in_the_prompt_ends_nothing():
 
 
 @pytest.mark.parametrize(
-  ("slots", "steps_per_call"), [(3, None), (3, 1), (20, 2)]
+  ("slots", "steps_per_call", "devices"),
+  [(3, None, 1), (3, 1, 1), (20, 2, 1), (6, 2, 3)],
 )
 @settings(max_examples=40)
 @given(
@@ -176,9 +179,9 @@ def test_an_end_token_in_the_prompt_ends_nothing():
   )
 )
 def test_any_queue_gives_what_each_request_gives(
-  slots, steps_per_call, prompts
+  slots, steps_per_call, devices, prompts
 ):
-  sampler = make_sampler(slots, steps_per_call)
+  sampler = make_sampler(slots, steps_per_call, devices=devices)
   assert_reckoned(generate(sampler, prompts), prompts)
 
 
@@ -192,14 +195,31 @@ def test_a_stream_ends_where_the_completion_does():
 
 def test_equal_prompts_are_prefilled_once(monkeypatch):
   sampler, calls = make_sampler(3), []
-  prefill = sampler._prefill
-  monkeypatch.setattr(
-    sampler, "_prefill", lambda *a: calls.append(a[1]) or prefill(*a)
-  )
+  programs = sampler.programs
+
+  def prefill(variables, tokens, lengths):
+    calls.append(tokens)
+    return programs.prefill(variables, tokens, lengths)
+
+  monkeypatch.setattr(sampler, "programs", programs._replace(prefill=prefill))
   prompts = [[3, 3]] * 4 + [[4, 1]] * 4
   assert_reckoned(generate(sampler, prompts), prompts)
   assert len(calls) == 1
   assert calls[0][:, :2].tolist() == [[3, 3], [4, 1], [PAD, PAD]]
+
+
+def test_few_requests_are_spread_over_the_devices(monkeypatch):
+  sampler, taken = make_sampler(6, 1, devices=3), []
+  programs = sampler.programs
+
+  def admit(slots, prefilled, rows, keys):
+    taken.append(rows >= 0)
+    return programs.admit(slots, prefilled, rows, keys)
+
+  monkeypatch.setattr(sampler, "programs", programs._replace(admit=admit))
+  generate(sampler, [prompt_that("is cut")] * 4)
+  # Two slots on each device: all have work before one has more of it.
+  assert np.concatenate(taken).tolist() == [True] * 2 + [True, False] * 2
 
 
 # The device loop -------------------------------------------------------------
@@ -213,16 +233,16 @@ def start(*cases):
   for row, case in enumerate(cases):
     tokens[row, :2] = prompt_that(case)
     lengths[row] = 2
-  prefilled = sampler._prefill(VARIABLES, tokens, lengths)
+  prefilled = sampler.programs.prefill(VARIABLES, tokens, lengths)
   rows = np.array([0, 1, 2], np.int32)
   rows[len(cases) :] = -1
   keys = jax.random.key_data(jax.random.split(jax.random.key(0), 3))
   slots = loop.empty_slots(Reckoner(), 3, sampler.capacity)
-  return sampler._admit(slots, prefilled, rows, keys)
+  return sampler.programs.admit(slots, prefilled, rows, keys)
 
 
 def decode(slots, max_steps, min_live):
-  return make_sampler(3)._decode(VARIABLES, slots, max_steps, min_live)
+  return make_sampler(3).programs.decode(VARIABLES, slots, max_steps, min_live)
 
 
 def test_the_loop_leaves_when_all_rows_have_ended():

@@ -10,64 +10,18 @@ import pytest
 
 from rlm import losses
 from rlm.models.transformer import Transformer, head_kernel
-from rlm.sampling.sampler import Sampler, SamplingConfig, bucket_length
+from rlm.sampling.sampler import bucket_length
 from rlm.train import init_state, make_train_step, split_microbatches
+from tests.sampling.tiny_sampler import (
+  EOS,
+  PAD,
+  assert_same,
+  make_sampler,
+  requests,
+  sharp_variables,
+  take,
+)
 from tests.tiny_model import tiny_config, tiny_model
-
-EOS, PAD = 19, 20
-FIELDS = ("tokens", "lengths", "finished", "logprobs", "prompt_lengths")
-
-
-def sampling_config(**changes):
-  fields = dict(temperature=0.7, top_k=0, top_p=1.0, max_new_tokens=10)
-  return SamplingConfig(**{**fields, **changes})
-
-
-@functools.cache
-def make_sampler(
-  *, slots=16, prompt_length=32, steps_per_call=None, model=None, **changes
-):
-  """One per set of arguments: each is three compilations.
-
-  With 16 prompts of 32 the prefill has rows enough for the grouped experts.
-  """
-  return Sampler(
-    model or tiny_model()[0],
-    sampling_config(**changes),
-    slots=slots,
-    prompt_length=prompt_length,
-    eos_token=EOS,
-    pad_token=PAD,
-    steps_per_call=steps_per_call,
-  )
-
-
-@functools.cache
-def sharp_variables():
-  """Weights whose logits have std above 1, so that log-probs are large."""
-  variables = dict(tiny_model()[1])
-  params = dict(variables["params"])
-  params["head"] = 3 * params["head"]
-  return {**variables, "params": params}
-
-
-def requests(count, seed=0, longest=9):
-  rng = np.random.default_rng(seed)
-  prompts = [
-    rng.integers(0, EOS, rng.integers(1, longest + 1)).tolist()
-    for _ in range(count)
-  ]
-  return prompts, jax.random.split(jax.random.key(seed), count)
-
-
-def take(completions, rows):
-  fields = {name: getattr(completions, name)[rows] for name in FIELDS}
-  return {**fields, "expert_ids": completions.expert_ids[:, rows]}
-
-
-def assert_same(a, b):
-  for name, value in a.items():
-    np.testing.assert_array_equal(value, b[name], err_msg=name)
 
 
 def pack(prompts, completions):
@@ -306,17 +260,6 @@ def test_a_stream_gives_the_tokens_of_generate():
   )
 
 
-def test_one_compilation_serves_all_prompts_keys_and_weights():
-  sampler, variables = make_sampler(), sharp_variables()
-  sampler.generate(variables, *requests(16))
-  programs = (sampler._prefill, sampler._admit, sampler._decode)
-  compiled = [program._cache_size() for program in programs]
-  for count in (1, 3, 40):
-    variables = jax.tree.map(lambda x: 0.9 * x, variables)
-    sampler.generate(variables, *requests(count, seed=count))
-  assert [program._cache_size() for program in programs] == compiled
-
-
 # The distribution ------------------------------------------------------------
 
 
@@ -405,28 +348,18 @@ def test_other_models(changes):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    (dict(temperature=-0.1), "temperature=-0.1 must be at least 0"),
-    (dict(temperature=float("nan")), "temperature=nan must be at least 0"),
-    (dict(temperature=float("inf")), "temperature=inf must be .* finite"),
-    (dict(top_k=-1), "top_k=-1 must not be negative"),
-    (dict(top_p=0.0), r"top_p=0.0 must lie in \(0, 1\]"),
-    (dict(top_p=1.1), r"top_p=1.1 must lie in \(0, 1\]"),
-    (dict(max_new_tokens=0), "max_new_tokens=0 must be at least 1"),
-  ],
-)
-def test_bad_settings_are_refused(changes, message):
-  with pytest.raises(ValueError, match=message):
-    sampling_config(**changes)
-
-
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
     (
       dict(prompt_length=60),
       "need 70 positions; the model has max_position_embeddings=64",
     ),
     (dict(slots=0), "slots=0 and prompt_length=32 must both be at least 1"),
+    (dict(devices=0), "slots=16 cannot be divided evenly among devices=0"),
+    (dict(devices=3), "slots=16 cannot be divided evenly among devices=3"),
+    (
+      dict(devices=16),
+      "16 devices shall share the slots, but jax has 8 of cpu. Ask for fewer,"
+      " or set JAX_NUM_CPU_DEVICES=16 before jax starts",
+    ),
     (dict(steps_per_call=0), "steps_per_call=0 must be at least 1"),
     (dict(stop_tokens=(21,)), "stop token 21 is not an id in use"),
   ],
@@ -457,10 +390,10 @@ def test_a_prompt_length_that_the_attention_cannot_cut_is_refused():
 def test_bad_prompts_are_refused_before_compiling(prompts, message):
   sampler = make_sampler(slots=2)
   keys = jax.random.split(jax.random.key(0), len(prompts) or 1)
-  compiled = sampler._prefill._cache_size()
+  compiled = sampler.programs.prefill._cache_size()
   with pytest.raises(ValueError, match=message):
     sampler.generate(sharp_variables(), prompts, keys)
-  assert sampler._prefill._cache_size() == compiled
+  assert sampler.programs.prefill._cache_size() == compiled
 
 
 @pytest.mark.parametrize(
