@@ -20,6 +20,7 @@ from rlm.config import build
 from rlm.data.tokenizer import Tokenizer, load_tokenizer
 from rlm.eval.config import EvaluationConfig
 from rlm.models.config import ModelConfig
+from rlm.sampling.config import SamplingConfig
 from rlm.tasks.base import Problem, Task
 from rlm.tasks.registry import make_task
 from rlm.tasks.room import check_room
@@ -44,7 +45,7 @@ class Config:
   stage: str
   task: dict
   evaluation: EvaluationConfig
-  sampling: dict
+  sampling: SamplingConfig
   slots: int
   sampling_devices: int
   prompt_length: int
@@ -103,18 +104,16 @@ def make_sampler(
     ValueError: sizes that do not fit, or stop tokens.
   """
   from rlm.models.transformer import Transformer
-  from rlm.sampling.config import SamplingConfig
   from rlm.sampling.sampler import Sampler
 
-  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
-  if sampling.stop_tokens:
+  if cfg.sampling.stop_tokens:
     raise ValueError(
-      f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
-      " end a completion that is scored. Leave it empty."
+      f"config.sampling.stop_tokens={cfg.sampling.stop_tokens}: only the EOS"
+      " may end a completion that is scored. Leave it empty."
     )
   sampler = Sampler(
     Transformer(model_cfg),
-    sampling,
+    cfg.sampling,
     slots=cfg.slots,
     prompt_length=cfg.prompt_length,
     devices=cfg.sampling_devices,
@@ -126,7 +125,7 @@ def make_sampler(
     problems,
     tokenizer,
     prompt_length=cfg.prompt_length,
-    max_new_tokens=sampling.max_new_tokens,
+    max_new_tokens=cfg.sampling.max_new_tokens,
   )
   return sampler
 

@@ -109,19 +109,19 @@ def keep_compiled(workdir: str) -> None:
 
 
 def offer_cpu_devices(config: Any) -> None:
-  """Lets the CPU be as many devices as `config` samples with.
+  """Lets the CPU be at least as many devices as `config` samples with.
 
-  Call before jax is imported.  Nothing happens where JAX_NUM_CPU_DEVICES or
-  its XLA flag is set.
+  Call before jax is imported.  Nothing happens where XLA's flag says how many.
 
   Args:
     config: of a run; `sampling_devices` is looked for in all its sections.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
+  there = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
   wanted = [n for n in _values(config, "sampling_devices") if type(n) is int]
-  if wanted:
-    os.environ.setdefault("JAX_NUM_CPU_DEVICES", str(max(1, *wanted)))
+  if there.isdecimal() and max(wanted, default=1) > int(there):
+    os.environ["JAX_NUM_CPU_DEVICES"] = str(max(wanted))
 
 
 def use_huge_pages() -> None:

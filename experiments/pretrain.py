@@ -15,7 +15,7 @@ from typing import Any, Literal
 from experiments import launch
 from rlm.config import build
 from rlm.data.sources import DataConfig, MessagesSource, check_sources
-from rlm.data.tokenizer import Tokenizer, load_tokenizer
+from rlm.data.tokenizer import Tokenizer, load_model_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
 from rlm.tasks.base import Task
@@ -215,12 +215,7 @@ def prepare(cfg: Config) -> tuple[Tokenizer, dict[str, Task]]:
   Raises:
     ValueError: they cannot be made, or the model has another vocabulary.
   """
-  tokenizer = load_tokenizer(cfg.tokenizer)
-  if tokenizer.n_vocab_used != cfg.model.n_vocab_used:
-    raise ValueError(
-      f"config.model.n_vocab_used={cfg.model.n_vocab_used}, but the tokenizer"
-      f" {cfg.tokenizer!r} uses {tokenizer.n_vocab_used} ids. Set it to that."
-    )
+  tokenizer = load_model_tokenizer(cfg.tokenizer, cfg.model.n_vocab_used)
   return tokenizer, {
     name: make_task(section, f"config.tasks.{name}")
     for name, section in cfg.tasks.items()

@@ -236,6 +236,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   import rich.console
 
   from experiments import evaluate
+  from rlm.progress import clock_text
   from rlm.report.accuracy_table import accuracy_tables
   from rlm.report.html import write_report
   from rlm.report.run_folder import read_run
@@ -290,7 +291,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   report = write_report(root)
   console.print(accuracy_tables(read_run(root)))
   took = time.monotonic() - began
-  console.print(f"This start took {took // 60:.0f}:{took % 60:02.0f}.")
+  console.print(f"This start took {clock_text(took)}.")
   console.print(f"Report: {report}", soft_wrap=True, markup=False)
   model = cfg.stages[cfg.order[0]]["model"]
   last = [n for n in cfg.order if cfg.stages[n]["model"] == model][-1]

@@ -21,6 +21,7 @@ from rlm.config import build
 from rlm.data.tokenizer import Tokenizer, load_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.rl.config import RejectionConfig
+from rlm.sampling.config import SamplingConfig
 from rlm.tasks.base import Problem, Task
 from rlm.tasks.registry import make_task
 
@@ -46,7 +47,7 @@ class Config:
   init_from: str
   task: dict
   rejection: RejectionConfig
-  sampling: dict
+  sampling: SamplingConfig
   slots: int
   sampling_devices: int
   prompt_length: int

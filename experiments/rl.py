@@ -19,15 +19,16 @@ import zlib
 from typing import Any, Literal
 
 from experiments import launch
+from experiments.evaluate import make_sampler
 from rlm.config import build
-from rlm.data.tokenizer import Tokenizer, load_tokenizer
+from rlm.data.tokenizer import Tokenizer, load_model_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
 from rlm.rl.config import ObjectiveConfig, SelectionConfig
 from rlm.rl.curriculum import CurriculumConfig
+from rlm.sampling.config import SamplingConfig
 from rlm.tasks.base import Task
 from rlm.tasks.registry import make_task
-from rlm.tasks.room import check_room
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Config:
   prompts_per_step: int
   group_size: int
   rewards: dict[str, float]
-  sampling: dict
+  sampling: SamplingConfig
   slots: int
   sampling_devices: int
   prompt_length: int
@@ -132,38 +133,16 @@ def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:
     ValueError: what the config asks for cannot be had, does not fit, or could
       never be rewarded.
   """
-  from rlm.models.transformer import Transformer
   from rlm.rewards.registry import Scorer
-  from rlm.sampling.config import SamplingConfig
-  from rlm.sampling.sampler import Sampler
 
-  sampling = build(SamplingConfig, cfg.sampling, "config.sampling")
-  check_sampling(sampling)
+  check_sampling(cfg.sampling)
   task = make_task(cfg.task)
-  task.check_levels(cfg.curriculum.levels, "config.curriculum.levels")
+  levels = cfg.curriculum.levels
+  task.check_levels(levels, "config.curriculum.levels")
   scorer = Scorer(task, cfg.rewards)
-  tokenizer = load_tokenizer(cfg.tokenizer)
-  check_vocabulary(cfg.model, tokenizer)
-  sampler = Sampler(
-    Transformer(cfg.model),
-    sampling,
-    slots=cfg.slots,
-    prompt_length=cfg.prompt_length,
-    devices=cfg.sampling_devices,
-    eos_token=tokenizer.eos_id,
-    pad_token=tokenizer.pad_id,
-  )
-  check_room(
-    task,
-    [
-      problem
-      for level in cfg.curriculum.levels
-      for problem in task.examples(level, "train", 50)
-    ],
-    tokenizer,
-    prompt_length=cfg.prompt_length,
-    max_new_tokens=sampling.max_new_tokens,
-  )
+  tokenizer = load_model_tokenizer(cfg.tokenizer, cfg.model.n_vocab_used)
+  problems = [p for level in levels for p in task.examples(level, "train", 50)]
+  sampler = make_sampler(cfg, task, problems, tokenizer, cfg.model)
   return task, scorer, tokenizer, sampler
 
 
@@ -211,7 +190,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   cfg = build(Config, c)
   launch.check_one_process()
   task, scorer, tokenizer, sampler = prepare(cfg)
-  model, sampling = sampler.model, sampler.sampling
+  model, sampling = sampler.model, cfg.sampling
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   if folder.summary is not None:
     folder.say_finished(console)
@@ -420,7 +399,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   )
 
 
-def check_sampling(sampling: Any) -> None:
+def check_sampling(sampling: SamplingConfig) -> None:
   """Raises ValueError unless the trainer can reproduce the distribution."""
   if sampling.temperature == 0 or sampling.top_k or sampling.top_p < 1:
     raise ValueError(
@@ -428,20 +407,6 @@ def check_sampling(sampling: Any) -> None:
       f" temperature={sampling.temperature}, top_k={sampling.top_k} and"
       f" top_p={sampling.top_p}: the trainer's log-probs are of the whole"
       " distribution."
-    )
-  if sampling.stop_tokens:
-    raise ValueError(
-      f"config.sampling.stop_tokens={sampling.stop_tokens}: only the EOS may"
-      " end a rewarded completion. Leave it empty."
-    )
-
-
-def check_vocabulary(model: ModelConfig, tokenizer: Any) -> None:
-  """Raises ValueError unless model and tokenizer use the same ids."""
-  if model.n_vocab_used != tokenizer.n_vocab_used:
-    raise ValueError(
-      f"config.model.n_vocab_used={model.n_vocab_used}, but {tokenizer!r} uses"
-      f" {tokenizer.n_vocab_used} ids. Set it to that."
     )
 
 

@@ -126,15 +126,15 @@ class Progress:
     parts += [f"{name} {value:.4g}" for name, value in self._figures.items()]
     eta = self.eta_secs()
     if ended:
-      parts.append(f"in {_clock_text(self._clock() - self._began)}")
+      parts.append(f"in {clock_text(self._clock() - self._began)}")
     elif not self._pace:
       parts.append("compiling")
     elif eta is not None:
-      parts.append(f"{_clock_text(eta)} left")
+      parts.append(f"{clock_text(eta)} left")
     return "  ".join(parts)
 
 
-def _clock_text(secs: float) -> str:
+def clock_text(secs: float) -> str:
   """65 -> "1:05", 3725 -> "1:02:05"."""
   minutes, seconds = divmod(round(secs), 60)
   hours, minutes = divmod(minutes, 60)

@@ -17,7 +17,6 @@ from experiments import r1, rl, study
 from rlm.config import build
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
-from rlm.sampling.config import SamplingConfig
 from rlm.tasks.registry import make_task
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -75,10 +74,9 @@ def sections_of(section, name: str = ""):
     yield from sections_of(value, key)
 
 
-# Sections that stay plain in Config, because their classes import jax or
-# depend on a name inside; experiments build them first thing in run().
+# Sections that stay plain in Config, because their classes depend on a name
+# inside; experiments build them first thing in run().
 PLAIN = {
-  "sampling": functools.partial(build, SamplingConfig),
   "task": make_task,
   "tasks": lambda tasks: [make_task(task) for task in tasks.values()],
 }

@@ -2,9 +2,10 @@
 
 import io
 
+import pytest
 import rich.console
 
-from rlm.progress import Progress
+from rlm.progress import Progress, clock_text
 
 
 class Clock:
@@ -75,3 +76,11 @@ def test_a_terminal_gets_a_bar():
 
 def test_an_untouched_bar_prints_nothing():
   assert plain_lines([], total=3) == []
+
+
+@pytest.mark.parametrize(
+  ("secs", "text"),
+  [(0.4, "0:00"), (65, "1:05"), (359.7, "6:00"), (3725, "1:02:05")],
+)
+def test_seconds_are_rounded_before_they_are_split(secs, text):
+  assert clock_text(secs) == text

@@ -110,10 +110,6 @@ class CheckpointManager:
       for leftover in self.folder.glob(f"{_ASIDE}*"):
         shutil.rmtree(leftover)
 
-  def latest_step(self) -> int | None:
-    """The step of the newest checkpoint, None without one."""
-    return max(_steps(self.folder), default=None)
-
   def save(
     self, step: int, state: Any, extra: dict[str, Any] | None = None
   ) -> None:

@@ -46,15 +46,13 @@ class Heldout:
 
   Attributes:
     batches: dicts of arrays, this process's rows, filled up with padding.
-    num_targets: tokens that count, over all batches and processes.
-    num_bytes: bytes of text in those tokens; markers have none, but their loss
-      counts.
+    num_bytes: bytes of text in the tokens that count, over all batches and
+      processes; markers have none, but their loss counts.
     unigram_bits_per_byte, bigram_bits_per_byte: entropies of that text, fitted
       on itself (`text.ngram_entropy`); None where it is not plain text.
   """
 
   batches: list[Batch]
-  num_targets: int
   num_bytes: int
   unigram_bits_per_byte: float | None
   bigram_bits_per_byte: float | None
@@ -245,7 +243,6 @@ def load_heldout(
         _stack(rows[begin + process_index : begin + batch_size : process_count])
         for begin in range(0, len(rows), batch_size)
       ],
-      num_targets=sum(int(row["loss_mask"].sum()) for row in rows),
       num_bytes=sum(map(len, texts)),
       unigram_bits_per_byte=ngram_entropy(texts, 1) if is_text else None,
       bigram_bits_per_byte=ngram_entropy(texts, 2) if is_text else None,

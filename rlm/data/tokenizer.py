@@ -217,6 +217,21 @@ def load_tokenizer(name: str) -> Tokenizer:
   return ByteTokenizer() if name == "bytes" else HFTokenizer(name)
 
 
+def load_model_tokenizer(name: str, n_vocab_used: int) -> Tokenizer:
+  """The tokenizer that a config names beside a model.
+
+  Raises:
+    ValueError: the model uses another number of ids.
+  """
+  tokenizer = load_tokenizer(name)
+  if tokenizer.n_vocab_used != n_vocab_used:
+    raise ValueError(
+      f"config.model.n_vocab_used={n_vocab_used}, but the tokenizer {name!r}"
+      f" uses {tokenizer.n_vocab_used} ids. Set it to that."
+    )
+  return tokenizer
+
+
 def add_markers(folder: str | os.PathLike, new: str | os.PathLike) -> list[str]:
   """Copies a tokenizer.json, with the missing markers as new ids at the end.
 

@@ -8,6 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from rlm.progress import clock_text
 from rlm.report.accuracy import (
   Evaluation,
   Interval,
@@ -133,8 +134,4 @@ def _cell(value: Interval | None, bounds: Iterable[str]) -> Text:
 
 
 def _clock(value: object) -> str:
-  """104.2 seconds -> "1:44"."""
-  if not is_number(value):
-    return "–"
-  minutes, seconds = divmod(round(value), 60)
-  return f"{minutes}:{seconds:02d}"
+  return clock_text(value) if is_number(value) else "–"

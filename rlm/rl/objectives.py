@@ -47,7 +47,7 @@ class Objective:
     clip_low: ratios below 1 - clip_low stop moving completions with A < 0.
     clip_high: ratios above 1 + clip_high stop moving those with A > 0.
     aggregation: how terms are averaged, see `token_weights`.
-    kl: the KL estimator: "k3".
+    kl: a row of `KL_ESTIMATORS`.
     kl_weight: beta; 0 needs no reference.
   """
 
@@ -174,6 +174,9 @@ def k3(log_ratio: jax.Array) -> jax.Array:
   return jnp.expm1(log_ratio) - log_ratio
 
 
+KL_ESTIMATORS = {"k3": k3}
+
+
 def policy_loss(
   objective: Objective,
   logprobs: jax.Array,
@@ -204,7 +207,7 @@ def policy_loss(
     loss, float32 []; and metrics, float32 [] each: loss/policy; the shares of
     completion tokens whose gradient the clip removes, clip_fraction/low and
     clip_fraction/high; ratio/max and ratio/min at the objective's level; and,
-    given a reference, kl (k3 per token, whatever the level of the loss) and
+    given a reference, kl (per token, whatever the level of the loss) and
     loss/kl (before kl_weight).
   """
   chex.assert_equal_shape([logprobs, old_logprobs, mask, weights])
@@ -237,14 +240,18 @@ def policy_loss(
         f"kl_weight={objective.kl_weight} needs reference log-probs; got None."
       )
     return loss, metrics
+  estimate_kl = KL_ESTIMATORS[objective.kl]
   ref_log_ratio = jnp.where(mask, ref_logprobs - logprobs, 0.0)
-  metrics["kl"] = (metric_weights * k3(ref_log_ratio)).sum()
+  metrics["kl"] = (metric_weights * estimate_kl(ref_log_ratio)).sum()
   if per_output:
     ref_log_ratio = ref_log_ratio.sum(axis=1, keepdims=True)
-  kl_loss = (term_weights * k3(ref_log_ratio)).sum()
+  kl_loss = (term_weights * estimate_kl(ref_log_ratio)).sum()
   metrics["loss/kl"] = kl_loss
   return loss + objective.kl_weight * kl_loss, metrics
 
 
 # A row that names no estimator would only fail after the first rollout.
-assert all(row.advantage in ADVANTAGES for row in OBJECTIVES.values())
+assert all(
+  row.advantage in ADVANTAGES and row.kl in KL_ESTIMATORS
+  for row in OBJECTIVES.values()
+)

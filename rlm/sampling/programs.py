@@ -49,10 +49,11 @@ def slot_mesh(devices: int) -> Mesh:
   there = jax.devices()
   if devices > len(there):
     kind = there[0].platform
-    more = f", or set JAX_NUM_CPU_DEVICES={devices} before jax starts"
+    more = f", or JAX_NUM_CPU_DEVICES={devices} before jax starts"
     raise ValueError(
       f"{devices} devices shall share the slots, but jax has {len(there)} of"
-      f" {kind}. Ask for fewer{more if kind == 'cpu' else ''}."
+      f" {kind}. Set sampling_devices to at most {len(there)}"
+      f"{more if kind == 'cpu' else ''}."
     )
   return jax.make_mesh(
     (devices,),

@@ -74,7 +74,7 @@ def request_keys(key: jax.Array, num_requests: int) -> jax.Array:
 
 
 class Sampler:
-  """Compiles three programs on first use and reuses them for all weights.
+  """Compiles its programs on first use and reuses them for all weights.
 
   Args:
     model: the Transformer.
@@ -112,7 +112,8 @@ class Sampler:
       )
     if devices < 1 or slots % devices:
       raise ValueError(
-        f"{slots=} cannot be divided evenly among {devices=} devices."
+        f"{slots=} cannot be divided among {devices} devices. Make slots a"
+        " multiple of sampling_devices, which must be at least 1."
       )
     if steps_per_call is not None and steps_per_call < 1:
       raise ValueError(f"{steps_per_call=} must be at least 1.")
@@ -297,7 +298,8 @@ class _Queue:
     s = self._sampler
     share = s.slots // s.mesh.size
     free = np.flatnonzero(self._slot_request < 0)
-    free = free[np.lexsort((free // share, free % share))]  # device by device
+    # One of each device in turn, so that few requests keep all of them busy.
+    free = free[np.lexsort((free // share, free % share))]
     while free.size and self._waiting < len(self._rows):
       requests = np.arange(self._waiting, len(self._rows))[: free.size]
       blocks = self._rows[requests] // s.prefill_rows

@@ -117,7 +117,6 @@ def test_bits_per_byte_divide_by_the_bytes_of_text(model_and_scorer):
   batches = problems().batches
   rows = Heldout(
     batches=batches,
-    num_targets=0,
     num_bytes=50,
     unigram_bits_per_byte=None,
     bigram_bits_per_byte=None,

@@ -185,6 +185,7 @@ def test_a_stopped_run_exits_well_and_says_how_to_continue(capsys, config):
   [
     ({}, "4"),
     ({"JAX_NUM_CPU_DEVICES": "8"}, "8"),
+    ({"JAX_NUM_CPU_DEVICES": "2"}, "4"),
     ({"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}, None),
   ],
 )
@@ -193,6 +194,7 @@ def test_the_cpu_becomes_as_many_devices_as_sample(monkeypatch, before, after):
   for name, value in before.items():
     monkeypatch.setenv(name, value)
   sections = {"rl": {"sampling_devices": 4}, "sft": {"sampling_devices": "x"}}
+  launch.offer_cpu_devices({"sampling_devices": 1})  # as a study's control
   launch.offer_cpu_devices({"sampling_devices": 2, "stages": sections})
   assert os.environ.get("JAX_NUM_CPU_DEVICES") == after
 

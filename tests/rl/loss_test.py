@@ -45,7 +45,7 @@ def make_batch(objective, length=LENGTH, extra_rows=0, seed=0):
   experts = np.argsort(rng.random((*shape, cfg.num_moe_layers, 4)), axis=-1)
   experts = widen(experts[..., :2].astype(np.int32)).swapaxes(1, 2)
   logprobs = -rng.exponential(2.0, shape)
-  old = widen(logprobs + 0.3 * rng.normal(size=shape)).astype(np.float32)
+  old = (logprobs + 0.3 * rng.normal(size=shape)).astype(np.float32)
   return {
     "tokens": widen(rng.integers(0, 21, shape)).astype(np.int32),
     "positions": np.broadcast_to(place, mask.shape).astype(np.int32),
@@ -55,9 +55,9 @@ def make_batch(objective, length=LENGTH, extra_rows=0, seed=0):
       np.float32
     ),
     "sampler_logprobs": np.where(mask, widen(logprobs), 0).astype(np.float32),
-    "old_logprobs": old,
+    "old_logprobs": widen(old),
     "old_flips": widen(rng.integers(0, 2, shape)).astype(np.float32),
-    "ref_logprobs": old[::-1] if not extra_rows else old,
+    "ref_logprobs": widen(old[::-1]),
     "weights": np.asarray(
       token_weights(objective.aggregation, mask, constant_length=9)
     ),
@@ -116,13 +116,13 @@ def test_microbatches_add_up_and_padding_counts_nowhere():
   objective = OBJECTIVES["grpo_r1"]
   grad_fn = fast_jit(jax.value_and_grad(loss_of("grpo_r1"), has_aux=True))
   (loss, aux), grads = grad_fn(variables, make_batch(objective))
-  # Three microbatches of wider rows and two more padding rows.
-  wide = make_batch(objective, length=LENGTH + 4, extra_rows=0)
-  split = split_microbatches(wide, microbatch_rows=2, num_microbatches=3)
+  # Microbatches of wider rows, and two more rows that are padding alone.
+  wide = make_batch(objective, length=LENGTH + 4, extra_rows=2)
+  split = split_microbatches(wide, microbatch_rows=2, num_microbatches=4)
   split.pop("num_live")
   parts = [
     grad_fn(variables, jax.tree.map(lambda x, i=i: x[i], split))
-    for i in range(3)
+    for i in range(4)
   ]
   np.testing.assert_allclose(
     sum(part[0][0] for part in parts), loss, rtol=2e-5, atol=1e-7

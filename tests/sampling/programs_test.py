@@ -40,3 +40,15 @@ def test_one_compilation_serves_all_prompts_keys_and_weights(sizes):
     variables = jax.tree.map(lambda x: 0.9 * x, variables)
     sampler.generate(variables, *requests(count, seed=count))
   assert compiled == [program._cache_size() for program in sampler.programs]
+
+
+def test_logits_that_are_not_finite_are_seen_on_every_device():
+  sampler = make_sampler(slots=15, devices=3, prompt_length=9, steps_per_call=3)
+  params = dict(sharp_variables()["params"])
+  params["embed"] = params["embed"].at[7].set(np.nan)
+  variables = {**sharp_variables(), "params": params}
+  _, keys = requests(3)
+  for broken in range(3):  # one request on each device
+    prompts = [[7] if i == broken else [1] for i in range(3)]
+    with pytest.raises(ValueError, match="logits are not finite"):
+      sampler.generate(variables, prompts, keys)

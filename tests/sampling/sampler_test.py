@@ -353,12 +353,12 @@ def test_other_models(changes):
       "need 70 positions; the model has max_position_embeddings=64",
     ),
     (dict(slots=0), "slots=0 and prompt_length=32 must both be at least 1"),
-    (dict(devices=0), "slots=16 cannot be divided evenly among devices=0"),
-    (dict(devices=3), "slots=16 cannot be divided evenly among devices=3"),
+    (dict(devices=0), "slots=16 cannot be divided among 0 devices"),
+    (dict(devices=3), "slots=16 cannot be divided among 3 devices. Make slots"),
     (
       dict(devices=16),
-      "16 devices shall share the slots, but jax has 8 of cpu. Ask for fewer,"
-      " or set JAX_NUM_CPU_DEVICES=16 before jax starts",
+      "16 devices shall share the slots, but jax has 8 of cpu. Set"
+      " sampling_devices to at most 8, or JAX_NUM_CPU_DEVICES=16 before",
     ),
     (dict(steps_per_call=0), "steps_per_call=0 must be at least 1"),
     (dict(stop_tokens=(21,)), "stop token 21 is not an id in use"),

@@ -28,7 +28,7 @@ def make_sampler(
   model=None,
   **changes,
 ):
-  """One per set of arguments: each is three compilations.
+  """One per set of arguments: each is four compilations.
 
   With 16 prompts of 32 the prefill has rows enough for the grouped experts.
   """
