@@ -109,17 +109,19 @@ def keep_compiled(workdir: str) -> None:
 
 
 def offer_cpu_devices(config: Any) -> None:
-  """Lets the CPU be at least as many devices as `config` samples with.
+  """Lets the CPU be at least as many devices as `config` asks for.
 
   Call before jax is imported.  Nothing happens where XLA's flag says how many.
 
   Args:
-    config: of a run; `sampling_devices` is looked for in all its sections.
+    config: of a run; `sampling_devices` and `training_devices` are looked for
+      in all its sections.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
   there = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
-  wanted = [n for n in _values(config, "sampling_devices") if type(n) is int]
+  keys = ("sampling_devices", "training_devices")
+  wanted = [n for key in keys for n in _values(config, key) if type(n) is int]
   if there.isdecimal() and max(wanted, default=1) > int(there):
     os.environ["JAX_NUM_CPU_DEVICES"] = str(max(wanted))
 

@@ -31,12 +31,14 @@ class BatchConfig:
     first_rows: rows of the first step; `rows` for no ramp.
     ramp_steps: steps until the batch is full; 0 for no ramp.
     microbatch_rows: rows whose activations are held at once; divides both.
+    training_devices: among how many devices a microbatch is divided.
   """
 
   rows: int
   first_rows: int
   ramp_steps: int
   microbatch_rows: int
+  training_devices: int
 
   def __post_init__(self):
     sizes = (self.rows, self.first_rows)
@@ -49,6 +51,13 @@ class BatchConfig:
         f"first_rows={self.first_rows} and rows={self.rows} must be multiples"
         f" of microbatch_rows={self.microbatch_rows}, and the first not more"
         " than the second."
+      )
+    devices = self.training_devices
+    if devices < 1 or self.microbatch_rows % devices:
+      raise ValueError(
+        f"microbatch_rows={self.microbatch_rows} cannot be divided among"
+        f" {devices} devices. Make it a multiple of training_devices, which"
+        " must be at least 1."
       )
 
 
@@ -170,6 +179,7 @@ def make_training(cfg: Config):
   from rlm.losses import global_weights, make_pretrain_loss
   from rlm.models.transformer import Transformer
   from rlm.optim.optimizer import make_optimizer
+  from rlm.parallel.mesh import data_mesh
   from rlm.train import init_state, make_train_step
 
   model = Transformer(cfg.model)
@@ -185,6 +195,7 @@ def make_training(cfg: Config):
     num_microbatches=cfg.batch.rows // cfg.batch.microbatch_rows,
     ema_decay=cfg.ema_decay,
     skip_nonfinite=cfg.on_nonfinite == "skip",
+    mesh=data_mesh(cfg.batch.training_devices, "training_devices"),
   )
 
   def start(variables):
@@ -265,6 +276,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   import contextlib
 
   import jax
+  from jax.sharding import NamedSharding, PartitionSpec
 
   from rlm import flops
   from rlm.checkpoint import initial
@@ -274,6 +286,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   from rlm.jsonl import read_jsonl
   from rlm.metrics import MetricsWriter, is_due
   from rlm.optim.schedule import batch_rows
+  from rlm.parallel.mesh import data_mesh
   from rlm.progress import Progress
   from rlm.stopping import Stopped, catch_signals
   from rlm.train import split_microbatches
@@ -331,7 +344,9 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
 
   # --- Model, and what is measured of it. ------------------------------------
   model, start_state, step_fn = make_training(cfg)
-  step_fn = jax.jit(step_fn, donate_argnums=0)
+  mesh = data_mesh(b.training_devices, "training_devices")
+  on_all = NamedSharding(mesh, PartitionSpec())
+  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=on_all)
   rates = make_rates(cfg)
   score_rows = heldout_lib.make_score_rows(model)
   flops_per_token = flops.train_flops_per_token(
@@ -350,6 +365,8 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
         lambda e, p: e.astype(p.dtype), state.ema, variables["params"]
       )
       variables = {**variables, "params": averaged}
+    # On one device, or each would score every row.
+    variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
     metrics = heldout_lib.bits_per_byte(score_rows, variables, heldout)
     if worked is not None:
       metrics |= heldout_lib.worked_accuracy(score_rows, variables, worked)
@@ -373,6 +390,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
       if cfg.init_from is not None:
         folder.record_input("init_from", initial.digest(variables))
       start, state = 0, jax.jit(start_state)(variables)
+    state = jax.device_put(state, on_all)
     with (
       MetricsWriter(
         folder.path, next_step=start, on_nonfinite=cfg.on_nonfinite

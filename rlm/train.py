@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from rlm.losses import Aux, Batch, LossFn
 from rlm.models.transformer import update_router
@@ -152,6 +154,19 @@ def _accumulate(loss_and_grad, batch, key, num_microbatches):
   return jax.lax.fori_loop(0, num_live, add, zeros)
 
 
+def _join_devices(totals):
+  """What `_accumulate` gave on each device, as of all their rows."""
+  loss, aux, grads = totals
+  joined = {"/max": jax.lax.pmax, "/min": jax.lax.pmin}
+  metrics = {
+    name: joined.get(name[-4:], jax.lax.psum)(x, "data")
+    for name, x in aux.metrics.items()
+  }
+  rest = (loss, aux[1:], grads)
+  loss, loads, grads = jax.tree.map(lambda x: jax.lax.psum(x, "data"), rest)
+  return loss, Aux(metrics, *loads), grads
+
+
 def make_train_step(
   loss_fn: LossFn,
   tx: optax.GradientTransformation,
@@ -159,6 +174,7 @@ def make_train_step(
   num_microbatches: int,
   ema_decay: float | None,
   skip_nonfinite: bool,
+  mesh: Mesh | None = None,
 ) -> TrainStep:
   """A pure training step over the microbatches of `split_microbatches`.
 
@@ -175,6 +191,9 @@ def make_train_step(
     num_microbatches: M, the leading axis of the batches; `num_live` of them
       are used.  One compiled program serves every num_live.
     ema_decay: of the float32 average of the parameters; None for none.
+    mesh: of `rlm.parallel.mesh.data_mesh`, whose devices share the rows of each
+      microbatch, as if these were more microbatches; everything else stands
+      on each of them.  None for one device.
     skip_nonfinite: where loss or gradient is not finite, nothing changes
       either way; True still counts the step, False returns the state exactly
       as it came, for a caller that stops there.
@@ -186,17 +205,33 @@ def make_train_step(
     layer, and expert_load/max_over_mean [L], and the same under mtp_.
   """
 
-  def step_fn(state, batch, key):
-    params = state.variables["params"]
-    rest = {k: v for k, v in state.variables.items() if k != "params"}
-
+  def own_totals(params, rest, batch, key):
     def loss_and_grad(microbatch, microbatch_key):
       def of_params(p):
         return loss_fn({**rest, "params": p}, microbatch, microbatch_key)
 
       return jax.value_and_grad(of_params, has_aux=True)(params)
 
-    loss, aux, grads = _accumulate(loss_and_grad, batch, key, num_microbatches)
+    return _accumulate(loss_and_grad, batch, key, num_microbatches)
+
+  def totals(params, rest, batch, key):
+    if mesh is None:
+      return own_totals(params, rest, batch, key)
+    rows = {
+      k: P(None, "data") if jnp.ndim(x) else P() for k, x in batch.items()
+    }
+    return jax.shard_map(
+      lambda *args: _join_devices(own_totals(*args)),
+      mesh=mesh,
+      in_specs=(P(), P(), rows, P()),
+      out_specs=P(),
+      check_vma=False,
+    )(params, rest, batch, key)
+
+  def step_fn(state, batch, key):
+    params = state.variables["params"]
+    rest = {k: v for k, v in state.variables.items() if k != "params"}
+    loss, aux, grads = totals(params, rest, batch, key)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 

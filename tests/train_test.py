@@ -8,6 +8,7 @@ import optax
 import pytest
 
 from rlm import losses, train
+from rlm.parallel.mesh import data_mesh
 from tests.fast_jit import fast_jit
 from tests.losses_test import packed_batch
 from tests.tiny_model import tiny_model
@@ -105,6 +106,20 @@ def test_microbatches_add_up(rows, num_microbatches):
   assert pieces[1]["count"] == 12
 
 
+@pytest.mark.parametrize("devices", [1, 3])
+def test_devices_add_up(devices):
+  batch = linear_batch(12)
+  whole = fast_jit(linear_step(1))(linear_state(), split(batch, 12, 1), KEY)
+  mesh = data_mesh(devices, "training_devices")
+  divided = fast_jit(linear_step(2, mesh=mesh))(
+    linear_state(), split(batch, 6, 2), KEY
+  )
+  chex.assert_trees_all_close(whole, divided, rtol=1e-5, atol=1e-6)
+  for leaf in jax.tree.leaves(divided):
+    assert leaf.sharding.is_fully_replicated
+    assert len(leaf.sharding.device_set) == devices
+
+
 def test_a_growing_batch_is_one_program():
   step = fast_jit(linear_step(4), donate_argnums=0)
   state = linear_state()
@@ -136,7 +151,7 @@ MOMENTUM = optax.sgd(1.0, momentum=0.9)
 
 
 @functools.cache  # one compilation for all tests that train the tiny model
-def pretrain_step(num_microbatches):
+def pretrain_step(num_microbatches, mesh=None):
   model, _ = tiny_model()
   return fast_jit(
     linear_step(
@@ -145,6 +160,7 @@ def pretrain_step(num_microbatches):
         model, train_mtp=True, balance_weight=0.1
       ),
       tx=MOMENTUM,
+      mesh=mesh,
     )
   )
 
@@ -164,6 +180,10 @@ def test_the_pretraining_loss_splits_over_unequal_rows():
   whole = pretrain_step(1)(pretrain_state(), pretrain_batch(batch, 4, 1), KEY)
   pieces = pretrain_step(4)(pretrain_state(), pretrain_batch(batch, 1, 4), KEY)
   chex.assert_trees_all_close(whole, pieces, rtol=2e-4, atol=2e-6)
+  divided = pretrain_step(2, data_mesh(2, "training_devices"))(
+    pretrain_state(), pretrain_batch(batch, 2, 2), KEY
+  )
+  chex.assert_trees_all_close(whole, divided, rtol=2e-4, atol=2e-6)
 
   # The comparison can fail: a mean in each microbatch is another loss.
   rows = pretrain_batch(packed_rows(), 1, 4)

@@ -9,8 +9,8 @@ train), the same random tokens, next-token loss, clipping and AdamW with float32
 parameters and moments. `mixed` is bfloat16 compute over float32 parameters:
 dtype on our side, autocast on torch's. Torch runs eagerly, in the fastest of
 its attention and expert implementations on this machine; rlm cuts the batch
-into the fastest number of microbatches. Rounds alternate; the ratio is that of
-the medians. Run it on an idle machine.
+into the fastest number of microbatches, and these among --devices. Rounds
+alternate; the ratio is that of the medians. Run it on an idle machine.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import launch
 from rlm.config import build
@@ -29,6 +30,7 @@ from rlm.losses import global_weights, make_pretrain_loss
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
 from rlm.optim.optimizer import OptimizerConfig, make_optimizer
+from rlm.parallel.mesh import data_mesh
 from rlm.train import init_state, make_train_step, split_microbatches
 from tools import interleave
 
@@ -58,7 +60,12 @@ def random_tokens(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
 
 
 def rlm_steps(
-  cfg: ModelConfig, tokens: np.ndarray, steps: int, microbatch_rows: int
+  cfg: ModelConfig,
+  tokens: np.ndarray,
+  steps: int,
+  microbatch_rows: int,
+  *,
+  devices: int,
 ) -> tuple[Callable[[], None], int]:
   """A function that takes `steps` training steps, and the parameter count."""
   model, tx = Transformer(cfg), make_optimizer(ADAMW)
@@ -85,6 +92,8 @@ def rlm_steps(
   variables = jax.jit(model.init)(
     jax.random.key(0), tokens, positions, np.ones_like(tokens)
   )
+  mesh = data_mesh(devices, "--devices")
+  on_all = NamedSharding(mesh, PartitionSpec())
   step = jax.jit(
     make_train_step(
       make_pretrain_loss(
@@ -96,10 +105,12 @@ def rlm_steps(
       num_microbatches=rows // microbatch_rows,
       ema_decay=None,
       skip_nonfinite=True,
+      mesh=mesh,
     ),
     donate_argnums=0,
+    out_shardings=on_all,
   )
-  state = init_state(variables, tx, ema_decay=None)
+  state = jax.device_put(init_state(variables, tx, ema_decay=None), on_all)
 
   def run():
     nonlocal state
@@ -168,7 +179,9 @@ def compare(cfg: ModelConfig, arguments: argparse.Namespace) -> dict:
     rows, rest = divmod(len(tokens), microbatches)
     if not rest:
       name = f"microbatch_rows={rows}"
-      made[name], count = rlm_steps(cfg, tokens, arguments.steps, rows)
+      made[name], count = rlm_steps(
+        cfg, tokens, arguments.steps, rows, devices=arguments.devices
+      )
   name, seconds = interleave.fastest(made, rounds=arguments.rounds)
   rivals = {"rlm": made[name]}
   result: dict = {"rlm_variants": {"variant": name, "seconds": seconds}}
@@ -207,12 +220,14 @@ def main() -> None:
   add("--steps", type=int, default=5, help="steps of one round")
   add("--rounds", type=int, default=7)
   add("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+  add("--devices", type=int, default=2, help="that share our rows")
   add("--alone", action="store_true", help="without torch")
   add("--output", help="also write the JSON here")
   arguments = parser.parse_args()
   dtypes = {"float32": "float32", "mixed": "bfloat16"}
   if set(arguments.precision) - set(dtypes):
     parser.error(f"--precision takes {', '.join(dtypes)}")
+  jax.config.update("jax_num_cpu_devices", arguments.devices)
   packages = ("jax", "flax", "optax")
   if not arguments.alone:
     import torch
@@ -235,6 +250,7 @@ def main() -> None:
         "precision": precision,
         "batch_size": arguments.batch_size,
         "length": arguments.length,
+        "devices": arguments.devices,
       }
       cases.append({**shape, **compare(case, arguments)})
   result = interleave.circumstances(packages, arguments.threads)

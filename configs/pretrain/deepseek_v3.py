@@ -81,7 +81,11 @@ def get_config():
   )
   # 3072 to 15360 rows within the first 469B tokens.
   c.batch = dict(
-    rows=15360, first_rows=3072, ramp_steps=12_424, microbatch_rows=512
+    rows=15360,
+    first_rows=3072,
+    ramp_steps=12_424,
+    microbatch_rows=512,
+    training_devices=1,
   )
   c.mtp_weight = dict(
     peak=0.3,

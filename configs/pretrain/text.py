@@ -72,7 +72,9 @@ def get_config():
       ),
     ),
   )
-  c.batch = dict(rows=32, first_rows=8, ramp_steps=100, microbatch_rows=8)
+  c.batch = dict(
+    rows=32, first_rows=8, ramp_steps=100, microbatch_rows=8, training_devices=2
+  )
   c.mtp_weight = dict(
     peak=0.3,
     phases=(

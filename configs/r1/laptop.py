@@ -122,7 +122,13 @@ def get_config():
   saving = dict(keep_checkpoints=2, on_nonfinite="stop")
   supervised = dict(
     init_from=None,
-    batch=dict(rows=64, first_rows=64, ramp_steps=0, microbatch_rows=16),
+    batch=dict(
+      rows=64,
+      first_rows=64,
+      ramp_steps=0,
+      microbatch_rows=32,
+      training_devices=2,
+    ),
     balance_weight=1e-4,
     bias_update_rate=0.01,  # short runs: at 0.001 loads stay uneven
     optimizer=muon,
@@ -227,7 +233,13 @@ def get_config():
           | dict(weight=1.0, documents=256, levels=(2, 3), tagged=1.0)
         )
       ),
-      batch=dict(rows=32, first_rows=32, ramp_steps=0, microbatch_rows=16),
+      batch=dict(
+        rows=32,
+        first_rows=32,
+        ramp_steps=0,
+        microbatch_rows=32,
+        training_devices=2,
+      ),
       mtp_weight=0.1,
       schedule=dict(
         peak=0.005,

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlm.models.transformer import Transformer
@@ -40,29 +40,6 @@ class Programs(NamedTuple):
   decode: Callable
 
 
-def slot_mesh(devices: int) -> Mesh:
-  """A mesh of jax's first `devices` devices, axis "slots".
-
-  Raises:
-    ValueError: there are not so many; the message says how to get them.
-  """
-  there = jax.devices()
-  if devices > len(there):
-    kind = there[0].platform
-    more = f", or JAX_NUM_CPU_DEVICES={devices} before jax starts"
-    raise ValueError(
-      f"{devices} devices shall share the slots, but jax has {len(there)} of"
-      f" {kind}. Set sampling_devices to at most {len(there)}"
-      f"{more if kind == 'cpu' else ''}."
-    )
-  return jax.make_mesh(
-    (devices,),
-    ("slots",),
-    axis_types=(AxisType.Auto,),
-    devices=there[:devices],
-  )
-
-
 @functools.lru_cache(maxsize=16)
 def make_programs(
   model: Transformer,
@@ -82,16 +59,16 @@ def make_programs(
   Args:
     model: the Transformer.
     sampling: how to draw.
-    mesh: of `slot_mesh`.
+    mesh: of `rlm.parallel.mesh.data_mesh`.
     capacity: tokens that a slot has room for, prompt included.
     steps_per_call: decode steps of a call at most.
     stop_tokens: ids that end a completion.
     pad_token: id that fills rows after their end.
   """
   divide = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-  rows: Any = P("slots")  # the leading axis of all that Slots holds
-  columns: Any = P(None, "slots")
-  routes: Any = P(None, None, "slots")
+  rows: Any = P("data")  # the leading axis of all that Slots holds
+  columns: Any = P(None, "data")
+  routes: Any = P(None, None, "data")
 
   def start(slots):
     return loop.empty_slots(model, slots, capacity)
@@ -99,9 +76,7 @@ def make_programs(
   def prefill(variables, tokens, lengths):
     """Each device runs its share of the prompts and receives the others'."""
     mine = loop.prefill(model, variables, tokens, lengths, capacity)
-    gather = functools.partial(
-      jax.lax.all_gather, axis_name="slots", tiled=True
-    )
+    gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
     return loop.Prefilled(
       cache=jax.tree.map(gather, mine.cache),
       hidden=gather(mine.hidden),

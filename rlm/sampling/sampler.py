@@ -28,8 +28,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rlm.models.transformer import Transformer
+from rlm.parallel.mesh import data_mesh
 from rlm.sampling.config import SamplingConfig
-from rlm.sampling.programs import make_programs, slot_mesh
+from rlm.sampling.programs import make_programs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,7 +151,7 @@ class Sampler:
     # depend on how many came with it.
     share = slots // devices
     self.prefill_rows = devices * max(min(share, 16), share // 16)
-    self.mesh = slot_mesh(devices)
+    self.mesh = data_mesh(devices, "sampling_devices")
     self.programs = make_programs(
       model,
       sampling,

@@ -193,7 +193,7 @@ def test_the_cpu_becomes_as_many_devices_as_sample(monkeypatch, before, after):
   monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
   for name, value in before.items():
     monkeypatch.setenv(name, value)
-  sections = {"rl": {"sampling_devices": 4}, "sft": {"sampling_devices": "x"}}
+  sections = {"rl": {"training_devices": 4}, "sft": {"sampling_devices": "x"}}
   launch.offer_cpu_devices({"sampling_devices": 1})  # as a study's control
   launch.offer_cpu_devices({"sampling_devices": 2, "stages": sections})
   assert os.environ.get("JAX_NUM_CPU_DEVICES") == after

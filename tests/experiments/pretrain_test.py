@@ -23,6 +23,9 @@ from tests.tiny_model import tiny_config, tiny_variables
 
 MODEL = dict(vocab_size=272, n_vocab_used=268)
 ROW_LENGTH = 48
+BATCH = dict(
+  rows=4, first_rows=2, ramp_steps=3, microbatch_rows=2, training_devices=2
+)
 
 
 def load(path):
@@ -67,7 +70,7 @@ def config(tmp_path, **changes):
   )
   c |= dict(
     steps=6,
-    batch=dict(rows=4, first_rows=2, ramp_steps=3, microbatch_rows=2),
+    batch=BATCH,
     mtp_weight=dict(
       peak=0.3,
       phases=(
@@ -331,9 +334,14 @@ def test_a_start_of_another_model_is_refused(finished, tmp_path):
   [
     (dict(steps=0), "steps=0 must be at least 1"),
     (
-      dict(batch=dict(rows=4, first_rows=3, ramp_steps=2, microbatch_rows=2)),
+      dict(batch=dict(BATCH, first_rows=3)),
       "config.batch: first_rows=3 and rows=4 must be multiples of"
       " microbatch_rows=2",
+    ),
+    (
+      dict(batch=dict(BATCH, training_devices=3)),
+      "config.batch: microbatch_rows=2 cannot be divided among 3 devices. Make"
+      " it a multiple of training_devices",
     ),
     (dict(ema_decay=None), "eval.use_ema needs averaged weights"),
     (dict(tasks={}), "eval.task='sums' is not among the tasks"),

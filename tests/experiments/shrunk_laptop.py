@@ -77,7 +77,7 @@ def shrink_sampling(section):
 
 def shrink_supervised(stage):
   stage.data.update(row_length=48, packing_window=64, heldout_rows=8)
-  stage.batch = dict(rows=16, first_rows=16, ramp_steps=0, microbatch_rows=8)
+  stage.batch.update(rows=16, first_rows=16, microbatch_rows=8)
   stage.mtp_weight = min(stage.mtp_weight, 0.1)
   stage.schedule = SCHEDULE
   stage.peak_flops = 1e10

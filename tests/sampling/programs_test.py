@@ -45,7 +45,9 @@ def test_one_compilation_serves_all_prompts_keys_and_weights(sizes):
 def test_logits_that_are_not_finite_are_seen_on_every_device():
   sampler = make_sampler(slots=15, devices=3, prompt_length=9, steps_per_call=3)
   params = dict(sharp_variables()["params"])
-  params["embed"] = params["embed"].at[7].set(np.nan)
+  params["embed"] = jax.tree.map(
+    lambda table: table.at[7].set(np.nan), params["embed"]
+  )
   variables = {**sharp_variables(), "params": params}
   _, keys = requests(3)
   for broken in range(3):  # one request on each device
