@@ -66,7 +66,7 @@ def test_programs_would_be_counted():
     ),
     (
       {"stages.rl.sampling.temprature": 1.0},
-      r"stage 'rl': config\.sampling: unknown key 'temprature'; did you mean",
+      r"config\.stages\.rl\.sampling: unknown key 'temprature'; did you mean",
     ),
     ({"evaluate.slot": 4}, r"config\.evaluate: unknown key 'slot'; did you"),
     ({"modls": {}}, r"config: unknown key 'modls'; did you mean 'models'"),
