@@ -163,6 +163,17 @@ MAY_CHANGE = (
 )
 
 
+def training_mesh(cfg: Config):
+  """The devices that share the rows of a microbatch.
+
+  Raises:
+    ValueError: there are not so many.
+  """
+  from rlm.parallel.mesh import data_mesh
+
+  return data_mesh(cfg.batch.training_devices, "batch.training_devices")
+
+
 def make_training(cfg: Config):
   """What a run computes, apart from data and files.
 
@@ -179,7 +190,6 @@ def make_training(cfg: Config):
   from rlm.losses import global_weights, make_pretrain_loss
   from rlm.models.transformer import Transformer
   from rlm.optim.optimizer import make_optimizer
-  from rlm.parallel.mesh import data_mesh
   from rlm.train import init_state, make_train_step
 
   model = Transformer(cfg.model)
@@ -195,7 +205,7 @@ def make_training(cfg: Config):
     num_microbatches=cfg.batch.rows // cfg.batch.microbatch_rows,
     ema_decay=cfg.ema_decay,
     skip_nonfinite=cfg.on_nonfinite == "skip",
-    mesh=data_mesh(cfg.batch.training_devices, "training_devices"),
+    mesh=training_mesh(cfg),
   )
 
   def start(variables):
@@ -224,8 +234,10 @@ def prepare(cfg: Config) -> tuple[Tokenizer, dict[str, Task]]:
   """The tokenizer and the tasks of a run, checked against its config.
 
   Raises:
-    ValueError: they cannot be made, or the model has another vocabulary.
+    ValueError: they cannot be made, the model has another vocabulary, or there
+      are too few devices.
   """
+  training_mesh(cfg)
   tokenizer = load_model_tokenizer(cfg.tokenizer, cfg.model.n_vocab_used)
   return tokenizer, {
     name: make_task(section, f"config.tasks.{name}")
@@ -286,7 +298,6 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   from rlm.jsonl import read_jsonl
   from rlm.metrics import MetricsWriter, is_due
   from rlm.optim.schedule import batch_rows
-  from rlm.parallel.mesh import data_mesh
   from rlm.progress import Progress
   from rlm.stopping import Stopped, catch_signals
   from rlm.train import split_microbatches
@@ -344,8 +355,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
 
   # --- Model, and what is measured of it. ------------------------------------
   model, start_state, step_fn = make_training(cfg)
-  mesh = data_mesh(b.training_devices, "training_devices")
-  on_all = NamedSharding(mesh, PartitionSpec())
+  on_all = NamedSharding(training_mesh(cfg), PartitionSpec())
   step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=on_all)
   rates = make_rates(cfg)
   score_rows = heldout_lib.make_score_rows(model)

@@ -343,6 +343,18 @@ def test_a_start_of_another_model_is_refused(finished, tmp_path):
       "config.batch: microbatch_rows=2 cannot be divided among 3 devices. Make"
       " it a multiple of training_devices",
     ),
+    (
+      dict(
+        batch=dict(
+          rows=9,
+          first_rows=9,
+          ramp_steps=0,
+          microbatch_rows=9,
+          training_devices=9,
+        )
+      ),
+      "batch.training_devices=9, but jax has 8 devices",
+    ),
     (dict(ema_decay=None), "eval.use_ema needs averaged weights"),
     (dict(tasks={}), "eval.task='sums' is not among the tasks"),
     (dict(tokenizer="nowhere"), "nowhere"),
