@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from rlm.rl.config import SelectionConfig
 from rlm.rl.learner import Learner
@@ -46,6 +47,7 @@ def start() -> TrainState:
   return init_state(jax.tree.map(jnp.copy, variables), TX, ema_decay=None)
 
 
+@pytest.mark.full  # the loss alone: loss_test
 def test_microbatches_change_nothing_but_rounding():
   whole, in_parts = (
     learner("dapo", 1, rows).update(
