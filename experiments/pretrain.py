@@ -163,8 +163,8 @@ MAY_CHANGE = (
 )
 
 
-def training_mesh(cfg: Config):
-  """The devices that share the rows of a microbatch.
+def training_mesh(cfg: Config) -> Any:
+  """The mesh of the devices that share the rows of a microbatch.
 
   Raises:
     ValueError: there are not so many.
@@ -237,7 +237,7 @@ def prepare(cfg: Config) -> tuple[Tokenizer, dict[str, Task]]:
     ValueError: they cannot be made, the model has another vocabulary, or there
       are too few devices.
   """
-  training_mesh(cfg)
+  training_mesh(cfg)  # or it raises
   tokenizer = load_model_tokenizer(cfg.tokenizer, cfg.model.n_vocab_used)
   return tokenizer, {
     name: make_task(section, f"config.tasks.{name}")

@@ -7,7 +7,7 @@ the batch, so that stages of other schedules share one compiled program.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -104,19 +104,31 @@ def split_microbatches(
   return {**split_batch, "num_live": np.int32(num_live)}
 
 
+class _Reduction(NamedTuple):
+  """How parts of a metric join: of two microbatches, of none, of devices."""
+
+  join: Callable
+  empty: float
+  across: Callable
+
+
+_SUM = _Reduction(jnp.add, 0, jax.lax.psum)
+_REDUCTIONS = {
+  "/max": _Reduction(jnp.maximum, -jnp.inf, jax.lax.pmax),
+  "/min": _Reduction(jnp.minimum, jnp.inf, jax.lax.pmin),
+}
+
+
+def _reduction(name: str) -> _Reduction:
+  """By the end of a metric's name."""
+  return _REDUCTIONS.get(name[-4:], _SUM)
+
+
 def reduce_metrics(
   a: dict[str, jax.Array], b: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   """Joins the metrics of two microbatches, by the end of their names."""
-
-  def reduce(name):
-    if name.endswith("/max"):
-      return jnp.maximum(a[name], b[name])
-    if name.endswith("/min"):
-      return jnp.minimum(a[name], b[name])
-    return a[name] + b[name]
-
-  return {name: reduce(name) for name in a}
+  return {name: _reduction(name).join(a[name], b[name]) for name in a}
 
 
 def _accumulate(loss_and_grad, batch, key, num_microbatches):
@@ -133,8 +145,7 @@ def _accumulate(loss_and_grad, batch, key, num_microbatches):
 
   def start(path, shape):
     name = "".join(str(entry.key) for entry in path if hasattr(entry, "key"))
-    fill = {"/max": -jnp.inf, "/min": jnp.inf}.get(name[-4:], 0)
-    return jnp.full(shape.shape, fill, shape.dtype)
+    return jnp.full(shape.shape, _reduction(name).empty, shape.dtype)
 
   def add(i, total):
     loss, aux, grads = total
@@ -157,10 +168,8 @@ def _accumulate(loss_and_grad, batch, key, num_microbatches):
 def _join_devices(totals):
   """What `_accumulate` gave on each device, as of all their rows."""
   loss, aux, grads = totals
-  joined = {"/max": jax.lax.pmax, "/min": jax.lax.pmin}
   metrics = {
-    name: joined.get(name[-4:], jax.lax.psum)(x, "data")
-    for name, x in aux.metrics.items()
+    name: _reduction(name).across(x, "data") for name, x in aux.metrics.items()
   }
   rest = (loss, aux[1:], grads)
   loss, loads, grads = jax.tree.map(lambda x: jax.lax.psum(x, "data"), rest)

@@ -149,8 +149,8 @@ class Sampler:
     )
     # One shape whatever the number of prompts, so that a prompt's bits do not
     # depend on how many came with it.
-    share = slots // devices
-    self.prefill_rows = devices * max(min(share, 16), share // 16)
+    self.share = slots // devices  # of one device
+    self.prefill_rows = devices * max(min(self.share, 16), self.share // 16)
     self.mesh = data_mesh(devices, "sampling_devices")
     self.programs = make_programs(
       model,
@@ -286,8 +286,7 @@ class _Queue:
     # While requests wait, come back when an eighth of the slots are free: a
     # smaller share would prefill too often, a larger one leave slots idle.
     refill = self._waiting < len(self._rows)
-    share = s.slots // s.mesh.size
-    min_live = share - max(share // 8, 1) + 1 if refill else 1
+    min_live = s.share - max(s.share // 8, 1) + 1 if refill else 1
     self._slots, drawn = s.programs.decode(
       self._variables, self._slots, s.steps_per_call, min_live
     )
