@@ -159,6 +159,10 @@ def _convert_union(value: Any, hint: Any, args: tuple, where: str) -> Any:
   rest = [arg for arg in args if arg is not type(None)]
   if len(rest) == 1:  # Optional: the inner message is the useful one
     return _convert(value, rest[0], where)
+  # Sections that say what they are by a key `type` of one choice each.
+  for arg in rest:
+    if isinstance(value, dict) and _says_type(arg, value.get("type")):
+      return _convert(value, arg, where)
   # An exact type first, so that 1 in `float | int` stays an int.
   rest.sort(key=lambda arg: type(value) is not arg)
   for arg in rest:
@@ -167,6 +171,14 @@ def _convert_union(value: Any, hint: Any, args: tuple, where: str) -> Any:
     except ValueError:
       continue
   raise _wrong_type(value, _name(hint), where)
+
+
+def _says_type(hint: Any, name: Any) -> bool:
+  """Whether a dataclass has the field `type: Literal[name]`."""
+  if not dataclasses.is_dataclass(hint):
+    return False
+  choice = typing.get_type_hints(hint).get("type")
+  return typing.get_args(choice) == (name,)
 
 
 def _convert_sequence(

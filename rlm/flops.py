@@ -75,8 +75,14 @@ def count_parameters(cfg: ModelConfig) -> ParameterCounts:
 
 
 def _attention(c: ModelConfig) -> int:
-  """Parameters of one MLA with its latent norms."""
+  """Parameters of one layer's attention, its own norms included."""
   d, n = c.hidden_size, c.num_attention_heads
+  if not c.has_latent_attention:
+    keys = c.num_key_value_heads * c.rope_dim
+    queries = n * c.rope_dim
+    biases = queries + 2 * keys if c.qkv_bias else 0
+    norms = 2 * c.rope_dim if c.qk_norm else 0
+    return 2 * d * (queries + keys) + biases + norms
   qk_head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
   if c.q_lora_rank is None:
     query = d * n * qk_head_dim
@@ -93,9 +99,10 @@ def train_flops_per_token(
   """Operations of forward and backward pass, per token of a full row.
 
   6 per activated parameter that multiplies (the embedding does not), plus
-  causal attention, 3 N (H + R + h) T per layer: each token reads T / 2 others
-  on average.  V3 at T = 4096: 250.5 GFLOP, the 250 that its authors quote
-  (arXiv:2505.09343, table 2), without MTP.
+  causal attention, 3 N (H + R + h) T per layer, H + R and h being the widths of
+  a key and a value: each token reads T / 2 others on average.  V3 at T = 4096:
+  250.5 GFLOP, the 250 that its authors quote (arXiv:2505.09343, table 2),
+  without MTP.
 
   Args:
     cfg: the model's sizes.
@@ -116,16 +123,19 @@ def forward_flops_per_token(
   if mtp:
     multiplied += counts.activated_mtp + cfg.num_nextn_predict_layers * head
     layers += cfg.num_nextn_predict_layers
-  per_pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
+  per_pair = 2 * cfg.rope_dim
+  if cfg.has_latent_attention:
+    per_pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
   attention = cfg.num_attention_heads * per_pair * row_length
   return float(2 * multiplied + layers * attention)
 
 
 def decode_flops_per_token(cfg: ModelConfig, context: float) -> float:
-  """Operations of the absorbed form for one token over a latent cache.
+  """Operations of decode for one token over the cache.
 
   The absorbed products with W^UK and W^UV cost what the expanded ones do for
-  one token; each cached token costs 2 N (2 C + R) a layer.
+  one token; each cached token costs 2 N (2 C + R) a layer, 4 N H with
+  grouped-query attention.
 
   Args:
     cfg: the model's sizes.
@@ -133,7 +143,9 @@ def decode_flops_per_token(cfg: ModelConfig, context: float) -> float:
   """
   counts = count_parameters(cfg)
   multiplied = counts.activated_layers + cfg.vocab_size * cfg.hidden_size
-  per_pair = 2 * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
+  per_pair = 4 * cfg.rope_dim
+  if cfg.has_latent_attention:
+    per_pair = 2 * (2 * cfg.kv_lora_rank + cfg.qk_rope_head_dim)
   attention = cfg.num_attention_heads * per_pair * context
   return float(2 * multiplied + cfg.num_hidden_layers * attention)
 

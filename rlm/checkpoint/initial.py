@@ -24,6 +24,7 @@ _MAY_DIFFER = frozenset(
   {
     "attention_chunk",
     "dtype",
+    "eos_token_id",
     "initializer_range",
     "logits_chunk",
     "max_position_embeddings",
@@ -66,7 +67,7 @@ def initial_variables(
         stacklevel=2,
       )
   variables = restore_variables(folder / "checkpoints")
-  _refuse(init_from, differences(_layout(variables), _layout(shapes(model))))
+  _refuse(init_from, differences(layout(variables), layout(shapes(model))))
   return variables
 
 
@@ -131,8 +132,8 @@ def _init(model: Transformer, key: jax.Array) -> Any:
   return model.init(key, row, row, row)
 
 
-def _layout(tree: Any) -> dict[str, str]:
-  """Name, type and shape of every array."""
+def layout(tree: Any) -> dict[str, str]:
+  """Name, type and shape of every array of a tree."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): (
       f"{leaf.dtype} {tuple(leaf.shape)}"

@@ -8,9 +8,13 @@ User text never becomes a marker: `encode` spells `<think>` as seven bytes, and
 only `allow_special=True`, which our own templates use, makes it one token.
 Markers are always found by their string, since their ids moved between
 DeepSeek's releases.
+
+`read_byte_level` is what `HFTokenizer` shares with `model_tokenizer`, which
+reads the file of any published model for use as it is.
 """
 
 import codecs
+import dataclasses
 import json
 import os
 import pathlib
@@ -37,7 +41,39 @@ MARKERS = (
 )
 
 
-class Tokenizer:
+class Vocabulary:
+  """What ids stand for, and how their bytes are put together.
+
+  Args:
+    token_bytes: of each id.
+
+  Attributes:
+    n_vocab_used: ids at or above it never occur; the head masks them.
+  """
+
+  def __init__(self, token_bytes: Sequence[bytes]):
+    self.n_vocab_used = len(token_bytes)
+    self._token_bytes = token_bytes
+
+  def token_bytes(self, token: int) -> bytes:
+    """The bytes that one id stands for; a marker's are its string's."""
+    if not 0 <= token < self.n_vocab_used:
+      raise ValueError(
+        f"token id {token} is outside the vocabulary in use,"
+        f" 0..{self.n_vocab_used - 1}. Mask the head with n_vocab_used."
+      )
+    return self._token_bytes[token]
+
+  def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    """The bytes of all ids in order: exact, `encode` undone."""
+    return b"".join(self.token_bytes(int(i)) for i in ids)
+
+  def decode(self, ids: Iterable[int]) -> str:
+    """Text to read; bytes that are no UTF-8 become the replacement sign."""
+    return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class Tokenizer(Vocabulary):
   """What both tokenizers share: marker ids, and how bytes are put together.
 
   Attributes:
@@ -48,9 +84,8 @@ class Tokenizer:
   """
 
   def __init__(self, special_ids: dict[str, int], token_bytes: Sequence[bytes]):
+    super().__init__(token_bytes)
     self.special_ids = special_ids
-    self.n_vocab_used = len(token_bytes)
-    self._token_bytes = token_bytes
     self._id_is_special = frozenset(special_ids.values())
     self.bos_id = special_ids[BOS]
     self.eos_id = special_ids[EOS]
@@ -79,26 +114,9 @@ class Tokenizer:
     """int32 [length] of each text, as `encode` gives them, faster."""
     raise NotImplementedError
 
-  def token_bytes(self, token: int) -> bytes:
-    """The bytes that one id stands for; a marker's are its string's."""
-    if not 0 <= token < self.n_vocab_used:
-      raise ValueError(
-        f"token id {token} is outside the vocabulary in use,"
-        f" 0..{self.n_vocab_used - 1}. Mask the head with n_vocab_used."
-      )
-    return self._token_bytes[token]
-
   def is_special(self, token: int) -> bool:
     """Whether an id is one of `MARKERS`."""
     return int(token) in self._id_is_special
-
-  def decode_bytes(self, ids: Iterable[int]) -> bytes:
-    """The bytes of all ids in order: exact, `encode` undone."""
-    return b"".join(self.token_bytes(int(i)) for i in ids)
-
-  def decode(self, ids: Iterable[int]) -> str:
-    """Text to read; bytes that are no UTF-8 become the replacement sign."""
-    return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
   def text_lengths(self) -> np.ndarray:
     """int32 [n_vocab_used]: bytes of text per id, 0 for markers.
@@ -157,40 +175,16 @@ class HFTokenizer(Tokenizer):
   """
 
   def __init__(self, folder: str | os.PathLike):
-    self._path = _tokenizer_json(folder)
-    spec = _read_spec(self._path)
-    if "ByteLevel" not in _decoder_types(spec.get("decoder")):
-      raise ValueError(
-        f"{self._path}: the decoder is"
-        f" {_decoder_types(spec.get('decoder')) or None}, not ByteLevel, so"
-        " tokens do not map to bytes. Use a byte-level BPE (DeepSeek, Qwen,"
-        ' Llama 3) or tokenizer="bytes".'
-      )
-    # Serves templates: added tokens in the text become their ids.
-    self._with_special = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    vocabulary = self._with_special.get_vocab(with_added_tokens=True)
-    missing = [marker for marker in MARKERS if marker not in vocabulary]
+    pair = read_byte_level(folder)
+    self._path = pair.path
+    missing = [marker for marker in MARKERS if marker not in pair.ids]
     if missing:
       raise ValueError(
         f"{self._path} lacks the single tokens {', '.join(missing)}. Write a"
         " copy that has them: rlm.data.tokenizer.add_markers(folder, new)."
       )
-    # Serves user text: nothing that looks like a marker can be matched. The
-    # library's own switch (encode_special_tokens) would leave <think> and
-    # <｜User｜>, which DeepSeek's file does not flag as special.
-    # They stay words of the model, without merges, so that no id moves.
-    words = {token["content"]: token["id"] for token in spec["added_tokens"]}
-    plain = spec | {
-      "added_tokens": [t for t in spec["added_tokens"] if not _is_control(t)],
-      "model": spec["model"] | {"vocab": spec["model"]["vocab"] | words},
-    }
-    self._plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-    token_bytes = [b""] * (max(vocabulary.values()) + 1)
-    for token, i in vocabulary.items():
-      token_bytes[i] = (
-        token.encode() if token in words else _from_unicode(token)
-      )
-    super().__init__({m: vocabulary[m] for m in MARKERS}, token_bytes)
+    self._with_special, self._plain = pair.with_special, pair.plain
+    super().__init__({m: pair.ids[m] for m in MARKERS}, pair.token_bytes)
     leaks = [m for m in MARKERS if self._id_is_special & set(self.encode(m))]
     if leaks:
       raise ValueError(
@@ -210,6 +204,78 @@ class HFTokenizer(Tokenizer):
 
   def __repr__(self) -> str:
     return f"HFTokenizer({str(self._path.parent)!r})"
+
+
+@dataclasses.dataclass(frozen=True)
+class ByteLevelBPE:
+  """A published tokenizer.json, read twice.
+
+  Attributes:
+    path: the file.
+    with_special: serves templates: added tokens in the text become their ids.
+    plain: serves user text: nothing that looks like a control token is matched.
+    ids: string -> id, of all tokens.
+    control_ids: string -> id, of those that `plain` never gives.
+    token_bytes: of each id; a control token's are its string's.
+  """
+
+  path: pathlib.Path
+  with_special: tokenizers.Tokenizer
+  plain: tokenizers.Tokenizer
+  ids: dict[str, int]
+  control_ids: dict[str, int]
+  token_bytes: list[bytes]
+
+
+def read_byte_level(folder: str | os.PathLike) -> ByteLevelBPE:
+  """Reads the tokenizer.json of a folder.
+
+  Raises:
+    ValueError: there is none, or it is not byte-level.
+  """
+  path = _tokenizer_json(folder)
+  spec = _read_spec(path)
+  if "ByteLevel" not in _decoder_types(spec.get("decoder")):
+    raise ValueError(
+      f"{path}: the decoder is"
+      f" {_decoder_types(spec.get('decoder')) or None}, not ByteLevel, so"
+      " tokens do not map to bytes. Use a byte-level BPE (DeepSeek, Qwen,"
+      ' Llama 3) or tokenizer="bytes".'
+    )
+  # Some files ask for a cut or for padding, which would go unnoticed. Control
+  # tokens are matched as spelt: another spelling is no way to write them.
+  spec |= {
+    "truncation": None,
+    "padding": None,
+    "added_tokens": [
+      token | {"normalized": False} if _is_control(token) else token
+      for token in spec["added_tokens"]
+    ],
+  }
+  with_special = tokenizers.Tokenizer.from_str(json.dumps(spec))
+  ids = with_special.get_vocab(with_added_tokens=True)
+  # `plain` has no control tokens. The library's own switch for that
+  # (encode_special_tokens) would leave <think> and <｜User｜>, which DeepSeek's
+  # file does not flag as special. They stay words of the model, without
+  # merges, so that no id moves.
+  added = {token["content"]: token["id"] for token in spec["added_tokens"]}
+  plain = spec | {
+    "added_tokens": [t for t in spec["added_tokens"] if not _is_control(t)],
+    "model": spec["model"] | {"vocab": spec["model"]["vocab"] | added},
+  }
+  token_bytes = [b""] * (max(ids.values()) + 1)
+  for token, i in ids.items():
+    token_bytes[i] = token.encode() if token in added else _from_unicode(token)
+  return ByteLevelBPE(
+    path=path,
+    with_special=with_special,
+    plain=tokenizers.Tokenizer.from_str(json.dumps(plain)),
+    ids=ids,
+    control_ids={
+      t["content"]: t["id"] for t in spec["added_tokens"] if _is_control(t)
+    },
+    token_bytes=token_bytes,
+  )
 
 
 def load_tokenizer(name: str) -> Tokenizer:
@@ -260,7 +326,7 @@ class StreamDecoder:
   text = "".join(map(stream.push, ids)) + stream.finish()
   """
 
-  def __init__(self, tokenizer: Tokenizer):
+  def __init__(self, tokenizer: Vocabulary):
     self._tokenizer = tokenizer
     self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
 

@@ -9,46 +9,14 @@ parts of one softmax computed apart can be joined exactly.
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.attention import (
+  attend_heads,
+  attention_mask,
+  by_query_chunks,
+  masked_softmax,
+  prefers_heads,
+)
 from rlm.kernels.product import einsum, exact_sums
-
-# Finite, so that a row without any key gives zeros and not NaN.
-MASKED = -1e30
-
-
-def attention_mask(
-  q_positions: jax.Array,
-  kv_positions: jax.Array,
-  q_segment_ids: jax.Array,
-  kv_segment_ids: jax.Array,
-  selected: jax.Array | None = None,
-) -> jax.Array:
-  """Which keys each query may see: its own segment, up to its own position.
-
-  Args:
-    q_positions: int32 [B, T].
-    kv_positions: int32 [B, S].
-    q_segment_ids: int32 [B, T]; 0 is padding and sees nothing.
-    kv_segment_ids: int32 [B, S].
-    selected: bool [B, T, S] or None; a further restriction (sparse attention).
-
-  Returns:
-    bool [B, T, S], True = keep.
-  """
-  mask = q_positions[:, :, None] >= kv_positions[:, None, :]
-  mask &= q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
-  mask &= (q_segment_ids != 0)[:, :, None]
-  return mask if selected is None else mask & selected
-
-
-def _softmax(scores: jax.Array, mask: jax.Array):
-  """Masked softmax of float32 [B, N, T, S] by bool [B, T, S], and its lse."""
-  scores = jnp.where(mask[:, None], scores, MASKED)
-  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-  weights = jnp.where(mask[:, None], jnp.exp(scores - top), 0.0)
-  total = weights.sum(axis=-1, keepdims=True)
-  safe = jnp.where(total > 0, total, 1.0)
-  lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
-  return weights / safe, lse[..., 0]
 
 
 def _attend_batched(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
@@ -56,40 +24,29 @@ def _attend_batched(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
   dtype = q_nope.dtype
   scores = einsum("BTNH,BSNH->BNTS", q_nope, k_nope)
   scores += einsum("BTNR,BSR->BNTS", q_rope, k_rope)
-  probs, lse = _softmax(scores * scale, mask)
+  probs, lse = masked_softmax(scores * scale, mask)
   out = einsum("BNTS,BSNh->BTNh", probs.astype(dtype), v)
   return out.astype(dtype), lse
 
 
 def _attend_by_head(q_nope, q_rope, k_nope, k_rope, v, mask, scale):
-  """One head after the other, in straight-line code, for the CPU.
+  """One head after the other; see `attend_heads`."""
 
-  Several times faster there than the batched form, since no axis has to be
-  moved and a head's scores stay in cache. The mask is added rather than
-  selected by, and the sum divides the output and not the weights.
-  """
-  dtype = q_nope.dtype
-  penalty = jnp.where(mask, 0.0, MASKED)
-  outs, lses = [], []
-  for n in range(q_nope.shape[2]):
-    q = jnp.concatenate([q_nope[:, :, n], q_rope[:, :, n]], axis=-1)
-    k = jnp.concatenate([k_nope[:, :, n], k_rope], axis=-1)
-    scores = einsum("BTK,BSK->BTS", q, k)
-    scores = scores * scale + penalty
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    # A row without keys has top = MASKED and would give weights of 1.
-    weights = jnp.exp(scores - jnp.maximum(top, MASKED / 2))
-    total = weights.sum(axis=-1)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = einsum("BTS,BSh->BTh", weights.astype(dtype), v[:, :, n])
-    outs.append((out / safe[..., None]).astype(dtype))
-    lses.append(jnp.where(total > 0, jnp.log(safe) + top[..., 0], -jnp.inf))
-  return jnp.stack(outs, axis=2), jnp.stack(lses, axis=1)
+  def keys(n):
+    return jnp.concatenate([k_nope[:, :, n], k_rope], axis=-1)
+
+  def queries(n):
+    return jnp.concatenate([q_nope[:, :, n], q_rope[:, :, n]], axis=-1)
+
+  heads = range(q_nope.shape[2])
+  return attend_heads(
+    [(queries(n), keys(n), v[:, :, n]) for n in heads], mask, scale
+  )
 
 
 def _attend(q_nope, *args):
   """The form that this backend runs fastest; equal in value and gradient."""
-  by_head = jax.default_backend() == "cpu" and q_nope.shape[2] <= 16
+  by_head = prefers_heads(q_nope.shape[2])
   return (_attend_by_head if by_head else _attend_batched)(q_nope, *args)
 
 
@@ -133,32 +90,16 @@ def mla_attention(
     ValueError: `query_chunk` does not divide T.
   """
 
-  def attend_chunk(q_nope, q_rope, q_positions, q_segment_ids, selected):
+  def attend(queries, q_positions, q_segment_ids, selected):
     mask = attention_mask(
       q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
     )
-    return _attend(q_nope, q_rope, k_nope, k_rope, v, mask, scale)
+    return _attend(*queries, k_nope, k_rope, v, mask, scale)
 
-  length = q_nope.shape[1]
-  if not query_chunk or query_chunk >= length:
-    return attend_chunk(q_nope, q_rope, q_positions, q_segment_ids, selected)
-  if length % query_chunk:
-    raise ValueError(
-      f"{query_chunk=} does not divide the {length} queries. Choose a divisor,"
-      " or 0 for no chunks."
-    )
-
-  def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
-    chunks = x.reshape(x.shape[0], -1, query_chunk, *x.shape[2:])
-    return jnp.moveaxis(chunks, 1, 0)
-
-  queries = (q_nope, q_rope, q_positions, q_segment_ids, selected)
-  out, lse = jax.lax.map(
-    lambda chunk: jax.checkpoint(attend_chunk)(*chunk),
-    jax.tree.map(split, queries),
+  queries = (q_nope, q_rope)
+  return by_query_chunks(
+    attend, query_chunk, queries, q_positions, q_segment_ids, selected
   )
-  out = jnp.moveaxis(out, 0, 1).reshape(*q_nope.shape[:3], v.shape[-1])
-  return out, jnp.moveaxis(lse, 0, 2).reshape(lse.shape[1], -1, length)
 
 
 def mla_decode(
@@ -201,7 +142,7 @@ def mla_decode(
   rows = q.swapaxes(1, 2).reshape(b, n * t, -1)
   scores = jnp.matmul(rows, kv, **exact_sums(q.dtype))
   scores = scores.reshape(b, n, t, -1)
-  probs, lse = _softmax(scores * scale, mask)
+  probs, lse = masked_softmax(scores * scale, mask)
   # Over the rotated rows too: cutting them off first would copy the cache.
   out = jax.lax.dot_general(
     probs.astype(q.dtype).reshape(b, n * t, -1),

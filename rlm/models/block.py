@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from rlm.models.config import ModelConfig
+from rlm.models.gqa import GQA
 from rlm.models.layers import RMSNorm, SwiGLU
 from rlm.models.mla import MLA
 from rlm.models.moe import MoE
@@ -23,7 +24,7 @@ class Block(nn.Module):
   def setup(self):
     c = self.cfg
     self.attn_norm = RMSNorm(c)
-    self.attn = MLA(c)
+    self.attn = MLA(c) if c.has_latent_attention else GQA(c)
     self.ffn_norm = RMSNorm(c)
     self.ffn = MoE(c) if self.routed else SwiGLU(c, c.intermediate_size)
 
@@ -37,7 +38,7 @@ class Block(nn.Module):
   def __call__(
     self, x, rotations, positions, segment_ids, expert_ids, counted=None
   ):
-    """Expanded form.
+    """Training and prefill; of latent attention, the expanded form.
 
     Args:
       x: [B, T, D].
@@ -49,7 +50,7 @@ class Block(nn.Module):
         all but padding.
 
     Returns:
-      x, and a pair: the layer's cache entries [B, C + R, T] (see LatentCache),
+      x, and a pair: the layer's cache entries [B, W, T] (see TokenCache),
       and Routing, None without experts.
     """
     out, layer = self.attn(self.attn_norm(x), rotations, positions, segment_ids)
@@ -59,9 +60,9 @@ class Block(nn.Module):
     return x, (layer, routing)
 
   def decode(self, x, rotations, layer, lengths, segment_ids):
-    """Absorbed form of one token: x [B, 1, D] -> x, (layer, Routing or None).
+    """One token over the cache: x [B, 1, D] -> x, (layer, Routing or None).
 
-    layer: [B, C + R, S] of LatentCache, before and after; lengths: int32 [B].
+    layer: [B, W, S] of TokenCache, before and after; lengths: int32 [B].
     """
     out, layer = self.attn.decode(self.attn_norm(x), rotations, layer, lengths)
     x, routing = self._feed_forward(x + out, segment_ids, None)

@@ -19,9 +19,18 @@ def _check_choices(section) -> None:
       raise ValueError(f"{name}={value!r} is unknown. Choose one of {names}.")
 
 
+# Sizes of latent attention alone, 0 in grouped-query attention.
+_LATENT_SIZES = (
+  "kv_lora_rank",
+  "qk_nope_head_dim",
+  "qk_rope_head_dim",
+  "v_head_dim",
+)
+
+
 @dataclasses.dataclass(frozen=True)
-class RopeScaling:
-  """YaRN's settings (`rope_scaling` of config.json).
+class YarnScaling:
+  """YaRN (`rope_scaling` of config.json): a longer context by slower pairs.
 
   Attributes:
     factor: s, by which the context grows.
@@ -58,11 +67,48 @@ class RopeScaling:
 
 
 @dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+  """Llama 3.1's stretch of the slow pairs (`rope_scaling` of config.json).
+
+  Attributes:
+    factor: by which the slowest pairs are slowed.
+    low_freq_factor: turns over the original context below which a pair is
+      slowed by the full factor.
+    high_freq_factor: turns above which it is kept.
+    original_max_position_embeddings: the context before, in tokens.
+    type: "llama3".
+  """
+
+  factor: float
+  low_freq_factor: float
+  high_freq_factor: float
+  original_max_position_embeddings: int
+  type: Literal["llama3"] = "llama3"
+
+  def __post_init__(self):
+    _check_choices(self)
+    if self.factor < 1:
+      raise ValueError(f"rope_scaling.factor={self.factor} must be >= 1.")
+    if self.original_max_position_embeddings < 1:
+      raise ValueError(
+        "rope_scaling.original_max_position_embeddings="
+        f"{self.original_max_position_embeddings} must be at least 1."
+      )
+    if not self.high_freq_factor > self.low_freq_factor > 0:
+      raise ValueError(
+        f"rope_scaling.high_freq_factor={self.high_freq_factor} must exceed"
+        f" low_freq_factor={self.low_freq_factor}, and both 0."
+      )
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelConfig:
   """One definition from 0.3M to 671B parameters.
 
   A dense model has first_k_dense_replace = num_hidden_layers; its fields of
-  routed experts are then unused.
+  routed experts are then unused. A model with grouped-query attention, as the
+  distilled students have, sets num_key_value_heads and head_dim; q_lora_rank is
+  then None and the four sizes of latent attention are 0.
 
   Attributes:
     vocab_size: rows of embedding and head.
@@ -90,7 +136,7 @@ class ModelConfig:
     qk_rope_head_dim: d_h^R, even.
     v_head_dim: per head.
     rope_theta: base of RoPE.
-    rope_scaling: YaRN, or None.
+    rope_scaling: YaRN, Llama 3's (grouped-query attention only), or None.
     max_position_embeddings: longest sequence in tokens.
     rms_norm_eps: of every norm.
     initializer_range: std of every matrix (training value 0.006).
@@ -103,6 +149,13 @@ class ModelConfig:
     unroll_layers: straight-line code instead of a scan; the same tree.
     attention_chunk: queries handled at once, 0 = all.
     logits_chunk: vocabulary rows handled at once in losses, 0 = all.
+    num_key_value_heads: of grouped-query attention; 0 is latent attention,
+      whose published configs repeat num_attention_heads here.
+    head_dim: of grouped-query attention, of queries, keys and values alike.
+    qkv_bias: biases on q, k and v (Qwen2); grouped-query attention only.
+    qk_norm: RMSNorm of each head's q and k (Qwen3); likewise.
+    eos_token_id: ids that end a text, for `rlm.generate`; the experiments take
+      their tokenizer's.
   """
 
   vocab_size: int
@@ -128,7 +181,7 @@ class ModelConfig:
   qk_rope_head_dim: int
   v_head_dim: int
   rope_theta: float
-  rope_scaling: RopeScaling | None
+  rope_scaling: YarnScaling | Llama3Scaling | None
   max_position_embeddings: int
   rms_norm_eps: float
   initializer_range: float
@@ -140,6 +193,28 @@ class ModelConfig:
   unroll_layers: bool
   attention_chunk: int
   logits_chunk: int
+  num_key_value_heads: int = 0
+  head_dim: int = 0
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  eos_token_id: tuple[int, ...] = ()
+
+  @property
+  def has_latent_attention(self) -> bool:
+    """Latent attention, or else grouped-query attention."""
+    return self.num_key_value_heads == 0
+
+  @property
+  def rope_dim(self) -> int:
+    """Dimensions of a head that RoPE turns."""
+    return self.head_dim or self.qk_rope_head_dim
+
+  @property
+  def cache_width(self) -> int:
+    """Numbers that the cache holds for one token of one layer."""
+    if self.has_latent_attention:
+      return self.kv_lora_rank + self.qk_rope_head_dim
+    return 2 * self.num_key_value_heads * self.rope_dim
 
   @property
   def num_moe_layers(self) -> int:
@@ -154,6 +229,7 @@ class ModelConfig:
   def __post_init__(self):
     _check_choices(self)
     self._check_positive()
+    self._check_attention()
     self._check_layers()
     if not self.is_dense:
       self._check_experts()
@@ -161,9 +237,12 @@ class ModelConfig:
   def _check_positive(self):
     sizes = (
       "vocab_size n_vocab_used hidden_size num_hidden_layers intermediate_size"
-      " num_attention_heads kv_lora_rank qk_nope_head_dim qk_rope_head_dim"
-      " v_head_dim max_position_embeddings"
+      " num_attention_heads max_position_embeddings"
     ).split()
+    if self.has_latent_attention:
+      sizes += _LATENT_SIZES
+    else:
+      sizes += ["num_key_value_heads", "head_dim"]
     if self.q_lora_rank is not None:
       sizes.append("q_lora_rank")
     for name in sizes:
@@ -175,7 +254,44 @@ class ModelConfig:
     if not self.rope_theta > 1:
       raise ValueError(
         f"rope_theta={self.rope_theta} must exceed 1: pair i turns by"
-        " rope_theta^(-2i / qk_rope_head_dim) a position. Published: 10000."
+        f" rope_theta^(-2i / {self.rope_dim}) a position. Published: 10000."
+      )
+
+  def _check_attention(self):
+    if self.rope_dim % 2:
+      name = "qk_rope_head_dim" if self.has_latent_attention else "head_dim"
+      raise ValueError(
+        f"{name}={self.rope_dim} must be even: RoPE turns pairs."
+      )
+    if self.has_latent_attention:
+      given = [
+        f"{name}={getattr(self, name)}"
+        for name in ("head_dim", "qkv_bias", "qk_norm")
+        if getattr(self, name)
+      ]
+      if isinstance(self.rope_scaling, Llama3Scaling):
+        given.append("rope_scaling.type='llama3'")
+      if given:
+        raise ValueError(
+          f"{', '.join(given)} cannot go with latent attention. Set"
+          " num_key_value_heads for grouped-query attention, or leave it out."
+        )
+      return
+    given = [
+      f"{name}={getattr(self, name)}"
+      for name in (*_LATENT_SIZES, "q_lora_rank")
+      if getattr(self, name)
+    ]
+    if given:
+      raise ValueError(
+        f"num_key_value_heads={self.num_key_value_heads} asks for grouped-query"
+        f" attention, but {', '.join(given)} are of latent attention. Leave"
+        " num_key_value_heads at 0, or set these to 0 (q_lora_rank to None)."
+      )
+    if self.num_attention_heads % self.num_key_value_heads:
+      raise ValueError(
+        f"num_key_value_heads={self.num_key_value_heads} does not divide"
+        f" num_attention_heads={self.num_attention_heads}."
       )
 
   def _check_layers(self):
@@ -183,11 +299,6 @@ class ModelConfig:
       raise ValueError(
         f"n_vocab_used={self.n_vocab_used} ids do not fit vocab_size="
         f"{self.vocab_size}. Raise vocab_size."
-      )
-    if self.qk_rope_head_dim % 2:
-      raise ValueError(
-        f"qk_rope_head_dim={self.qk_rope_head_dim} must be even: RoPE turns"
-        " pairs."
       )
     if not 0 <= self.first_k_dense_replace <= self.num_hidden_layers:
       raise ValueError(

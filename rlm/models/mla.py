@@ -4,92 +4,15 @@ Weights are packed as published: q_b and kv_b are head-major, the part without
 positions first; kv_a holds the latent's rows first, then the RoPE key's.
 """
 
-import flax
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from rlm.kernels import mla_attention as kernel
+from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
 from rlm.models.layers import RMSNorm, dot, linear, normal_init
 from rlm.models.rope import apply_rope, softmax_scale
-
-
-@flax.struct.dataclass
-class LatentCache:
-  """The cache of all layers. Entry s of a row is its token at position s.
-
-  Attributes:
-    layers: per layer, dense layers first, cfg.dtype [B, C + R, S]: the
-      normalised latent c^KV over the rotated key k^R shared by all heads.
-      Separate arrays and not a stack, so that decode reads a layer and adds a
-      token in place. Tokens are the minor axis, which the CPU's products of
-      decode need.
-    lengths: int32 [B], tokens held by each row; later entries are unread.
-  """
-
-  layers: tuple[jax.Array, ...]
-  lengths: jax.Array
-
-  @classmethod
-  def empty(cls, cfg: ModelConfig, batch: int, capacity: int) -> "LatentCache":
-    """A cache of no tokens with room for `capacity` of them in each row."""
-    shape = (batch, cfg.kv_lora_rank + cfg.qk_rope_head_dim, capacity)
-    # Each layer its own zeros: a buffer cannot be donated twice.
-    return cls(
-      layers=tuple(
-        jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_hidden_layers)
-      ),
-      lengths=jnp.zeros((batch,), jnp.int32),
-    )
-
-  @property
-  def capacity(self) -> int:
-    """Tokens that a row has room for."""
-    return self.layers[0].shape[-1]
-
-  def extend(self, capacity: int) -> "LatentCache":
-    """The same tokens with room for `capacity` in each row."""
-    more = capacity - self.capacity
-    if more < 0:
-      raise ValueError(
-        f"A cache of {self.capacity} tokens cannot shrink to {capacity}."
-      )
-    pad = [(0, 0), (0, 0), (0, more)]
-    layers = tuple(jnp.pad(layer, pad) for layer in self.layers)
-    return LatentCache(layers, self.lengths)
-
-  def replace_rows(
-    self, other: "LatentCache", rows: jax.Array
-  ) -> "LatentCache":
-    """Row b becomes row rows[b] of `other`, or stays where rows[b] is -1.
-
-    Args:
-      other: a cache of the same capacity, of any number of rows.
-      rows: int32 [B].
-    """
-    taken, source = rows >= 0, jnp.maximum(rows, 0)
-
-    def choose(mine, theirs):
-      theirs = jnp.take(theirs, source, axis=0)
-      return jnp.where(taken[:, None, None], theirs, mine)
-
-    return LatentCache(
-      layers=tuple(map(choose, self.layers, other.layers)),
-      lengths=jnp.where(taken, other.lengths[source], self.lengths),
-    )
-
-
-def write_entry(layer: jax.Array, entry: jax.Array, at: jax.Array) -> jax.Array:
-  """Writes one token a row into a layer's cache; nowhere if it is full.
-
-  Args:
-    layer: [B, C + R, S].
-    entry: [B, C + R].
-    at: int32 [B].
-  """
-  rows = jnp.arange(layer.shape[0])
-  return layer.at[rows, :, at].set(entry, mode="drop")
 
 
 class MLA(nn.Module):
@@ -196,7 +119,7 @@ class MLA(nn.Module):
     Args:
       x: cfg.dtype [B, 1, D].
       rotations: cos, sin at position `lengths`.
-      layer: [B, C + R, S] of LatentCache.
+      layer: [B, C + R, S] of TokenCache.
       lengths: int32 [B], entries of the cache in use.
 
     Returns:

@@ -1,7 +1,8 @@
-"""Rotary positions: interleaved RoPE and YaRN's stretched frequencies.
+"""Rotary positions, with YaRN's and Llama 3's stretched frequencies.
 
-Pairs are interleaved as DeepSeek releases them: dims (2i, 2i + 1) form one
-complex number that turns by `position * frequency_i`. YaRN is arXiv:2309.00071.
+Two layouts of the pairs that turn by `position * frequency_i`: DeepSeek
+releases them interleaved, dims (2i, 2i + 1); Qwen and Llama in halves, dims
+(i, R / 2 + i). YaRN is arXiv:2309.00071.
 """
 
 import math
@@ -10,29 +11,37 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlm.models.config import RopeScaling
+from rlm.models.config import Llama3Scaling, YarnScaling
+
+Scaling = YarnScaling | Llama3Scaling | None
 
 
-def rope_frequencies(
-  dim: int, theta: float, scaling: RopeScaling | None
-) -> np.ndarray:
+def rope_frequencies(dim: int, theta: float, scaling: Scaling) -> np.ndarray:
   """Angle per position of each pair.
-
-  With YaRN, pairs that turn more than `beta_fast` times over the original
-  length keep their frequency, those below `beta_slow` turns are slowed by
-  `factor`, and a linear ramp joins them (YaRN eq. 22-23).
 
   Args:
     dim: R, even.
     theta: base of the geometric series.
-    scaling: YaRN's settings, or None for plain RoPE.
+    scaling: how the context was stretched, or None for plain RoPE.
 
   Returns:
     float32 [R / 2], radians per position.
   """
   frequencies = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
-  if scaling is None:
-    return frequencies.astype(np.float32)
+  if isinstance(scaling, YarnScaling):
+    frequencies = _yarn(frequencies, dim, theta, scaling)
+  elif isinstance(scaling, Llama3Scaling):
+    frequencies = _llama3(frequencies, scaling)
+  return frequencies.astype(np.float32)
+
+
+def _yarn(frequencies, dim: int, theta: float, scaling: YarnScaling):
+  """YaRN eq. 22-23.
+
+  Pairs that turn more than `beta_fast` times over the original length keep
+  their frequency, those below `beta_slow` turns are slowed by `factor`, and a
+  ramp that is linear in the pair's index joins them.
+  """
 
   def pair_turning(turns: float) -> float:
     length = scaling.original_max_position_embeddings
@@ -43,8 +52,16 @@ def rope_frequencies(
   # As released: a ramp of no width would divide by zero.
   width = max(high - low, 0.001)
   ramp = np.clip((np.arange(dim // 2) - low) / width, 0, 1)
-  slowed = frequencies / scaling.factor
-  return (frequencies * (1 - ramp) + slowed * ramp).astype(np.float32)
+  return frequencies * (1 - ramp) + frequencies / scaling.factor * ramp
+
+
+def _llama3(frequencies, scaling: Llama3Scaling):
+  """Llama 3.1's released rule: as YaRN, but the ramp is linear in the turns."""
+  length = scaling.original_max_position_embeddings
+  turns = length * frequencies / (2 * math.pi)
+  low, high = scaling.low_freq_factor, scaling.high_freq_factor
+  keep = np.clip((turns - low) / (high - low), 0, 1)
+  return frequencies * keep + frequencies / scaling.factor * (1 - keep)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -52,21 +69,21 @@ def yarn_mscale(factor: float, mscale: float) -> float:
   return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def softmax_scale(qk_head_dim: int, scaling: RopeScaling | None) -> float:
+def softmax_scale(qk_head_dim: int, scaling: Scaling) -> float:
   """Factor on the attention scores, qk_head_dim^-0.5 times YaRN's m^2.
 
   The magnitude m(mscale_all_dim) counts once for the query and once for the
   key, and for the part without positions too (reference code of V3).
   """
   scale = qk_head_dim**-0.5
-  if scaling is not None and scaling.mscale_all_dim:
+  if isinstance(scaling, YarnScaling) and scaling.mscale_all_dim:
     scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
   return scale
 
 
-def rope_magnitude(scaling: RopeScaling | None) -> float:
+def rope_magnitude(scaling: Scaling) -> float:
   """Factor on cos and sin, m(mscale) / m(mscale_all_dim): 1 in V2 and V3."""
-  if scaling is None:
+  if not isinstance(scaling, YarnScaling):
     return 1.0
   return yarn_mscale(scaling.factor, scaling.mscale) / yarn_mscale(
     scaling.factor, scaling.mscale_all_dim
@@ -74,7 +91,7 @@ def rope_magnitude(scaling: RopeScaling | None) -> float:
 
 
 def rope_rotations(
-  positions: jax.Array, dim: int, theta: float, scaling: RopeScaling | None
+  positions: jax.Array, dim: int, theta: float, scaling: Scaling
 ) -> tuple[jax.Array, jax.Array]:
   """Cosines and sines of every pair at every position.
 
@@ -82,7 +99,7 @@ def rope_rotations(
     positions: int32 [B, T].
     dim: R.
     theta: base.
-    scaling: YaRN's settings or None.
+    scaling: how the context was stretched, or None.
 
   Returns:
     cos, sin: float32 [B, T, R / 2].
@@ -110,3 +127,20 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
   even, odd = pairs[..., 0], pairs[..., 1]
   rotated = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], -1)
   return rotated.reshape(x.shape).astype(x.dtype)
+
+
+def apply_half_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+  """Rotates pairs whose members lie half a head apart, in float32.
+
+  Args:
+    x: [B, T, N, R].
+    cos: float32 [B, T, R / 2] of `rope_rotations`.
+    sin: likewise.
+
+  Returns:
+    The rotated `x`, in its dtype.
+  """
+  cos, sin = cos[:, :, None], sin[:, :, None]
+  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = [first * cos - second * sin, first * sin + second * cos]
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

@@ -5,16 +5,18 @@ parameters of each kind of layer (dense, MoE, MTP) are stacked on a leading
 axis; whether layers run in a scan or unrolled never changes the tree.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from rlm.kernels.product import einsum
 from rlm.models.block import Block
+from rlm.models.cache import TokenCache
 from rlm.models.config import ModelConfig
 from rlm.models.layers import Embedding, RMSNorm, normal_init
-from rlm.models.mla import LatentCache
 from rlm.models.moe import Routing, update_expert_bias
 from rlm.models.mtp import MTPModule, next_inputs, reads_own_segment
 from rlm.models.rope import rope_rotations
@@ -74,8 +76,7 @@ class Transformer(nn.Module):
 
   def _rotations(self, positions):
     c = self.cfg
-    dim = c.qk_rope_head_dim
-    return rope_rotations(positions, dim, c.rope_theta, c.rope_scaling)
+    return rope_rotations(positions, c.rope_dim, c.rope_theta, c.rope_scaling)
 
   def _layers(self, x, dense_body, moe_body, dense_xs, moe_xs, *, unroll=False):
     """All blocks in order; returns x, per-layer entries [L, ...], Routing."""
@@ -129,6 +130,35 @@ class Transformer(nn.Module):
       self.mtp(hidden, tokens, positions, segment_ids)
     return hidden, routing
 
+  @nn.nowrap
+  def logits(self, variables, tokens, segment_ids=None):
+    """Scores of every next token, for analysis; jitted, and all at once.
+
+    Training and sampling never make this array: see `rlm.losses`.
+
+    Args:
+      variables: of this model.
+      tokens: int32 [B, T].
+      segment_ids: int32 [B, T], 0 is padding; None is one segment a row.
+        Positions count from the start of each segment.
+
+    Returns:
+      float32 [B, T, V]; -inf for ids not in use.
+
+    Raises:
+      ValueError: tokens are not [B, T], or longer than the context.
+    """
+    tokens = jnp.asarray(tokens, jnp.int32)
+    context = self.cfg.max_position_embeddings
+    if tokens.ndim != 2 or tokens.shape[1] > context:
+      raise ValueError(
+        f"tokens have shape {tokens.shape}; [rows, at most {context} tokens]"
+        " (max_position_embeddings) are needed."
+      )
+    if segment_ids is None:
+      segment_ids = jnp.ones_like(tokens)
+    return _logits(self, variables, tokens, jnp.asarray(segment_ids))
+
   def mtp(self, hidden, tokens, positions, segment_ids):
     """States that predict the tokens after the next; V3 eq. 21-23.
 
@@ -172,7 +202,7 @@ class Transformer(nn.Module):
     return states, _no_routing(c, hidden) if c.is_dense else routing
 
   def prefill(self, tokens, positions, segment_ids):
-    """Expanded form that keeps the latents, for left-aligned prompts.
+    """As training, and keeps what decode needs, for left-aligned prompts.
 
     Args:
       tokens: int32 [B, T]; row b is a prompt in its first tokens.
@@ -180,17 +210,17 @@ class Transformer(nn.Module):
       segment_ids: int32 [B, T], 1 for the prompt and 0 after it.
 
     Returns:
-      hidden [B, T, D]; LatentCache of capacity T; expert_ids int32
+      hidden [B, T, D]; TokenCache of capacity T; expert_ids int32
       [L_moe, B, T, K].
     """
     hidden, layers, routing = self._expanded(
       tokens, positions, segment_ids, None
     )
     lengths = (segment_ids != 0).sum(axis=1, dtype=jnp.int32)
-    return hidden, LatentCache(tuple(layers), lengths), routing.expert_ids
+    return hidden, TokenCache(tuple(layers), lengths), routing.expert_ids
 
-  def decode(self, tokens, cache: LatentCache):
-    """Absorbed form of one new token a row, at position `cache.lengths`.
+  def decode(self, tokens, cache: TokenCache):
+    """One new token a row over the cache, at position `cache.lengths`.
 
     Args:
       tokens: int32 [B, 1].
@@ -218,8 +248,21 @@ class Transformer(nn.Module):
       jnp.stack(cache.layers[k:]) if self.cfg.num_moe_layers else None,
       unroll=True,
     )
-    cache = LatentCache(tuple(layers), cache.lengths + 1)
+    cache = TokenCache(tuple(layers), cache.lengths + 1)
     return self.final_norm(x), cache, routing.expert_ids
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(model, variables, tokens, segment_ids):
+  c = model.cfg
+  place = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+  begins = jnp.diff(segment_ids, axis=1, prepend=segment_ids[:, :1]) != 0
+  start = jax.lax.cummax(jnp.where(begins, place, 0), axis=1)
+  hidden, _ = model.apply(variables, tokens, place - start, segment_ids)
+  head = head_kernel(variables, c).astype(hidden.dtype)
+  logits = einsum("BTD,DV->BTV", hidden, head)
+  used = jnp.arange(c.vocab_size) < c.n_vocab_used
+  return jnp.where(used[None, None], logits, -jnp.inf)
 
 
 def _no_routing(cfg: ModelConfig, x: jax.Array) -> Routing:

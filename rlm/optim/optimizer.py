@@ -20,6 +20,8 @@ from rlm.optim.config import OptimizerConfig
 MATRICES = frozenset(
   {
     "q_proj",
+    "k_proj",
+    "v_proj",
     "q_a",
     "q_b",
     "kv_a",
@@ -35,7 +37,7 @@ MATRICES = frozenset(
 # orthogonalisation would make equally strong.
 ID_MATRICES = frozenset({"head", "router"})
 EMBEDDINGS = frozenset({"embedding"})
-NORMS = frozenset({"scale"})
+VECTORS = frozenset({"scale", "q_bias", "k_bias", "v_bias"})
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Keller Jordan's quintic
 
@@ -46,7 +48,7 @@ def _leaf_name(path: tuple) -> str:
 
 def _checked_name(path: tuple) -> str:
   name = _leaf_name(path)
-  if name not in MATRICES | ID_MATRICES | EMBEDDINGS | NORMS:
+  if name not in MATRICES | ID_MATRICES | EMBEDDINGS | VECTORS:
     raise ValueError(
       f"no optimizer is chosen for the parameter {jax.tree_util.keystr(path)}."
       f" Add {name!r} to a set in rlm/optim/optimizer.py."

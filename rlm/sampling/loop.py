@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm.kernels.product import einsum
-from rlm.models.mla import LatentCache
+from rlm.models.cache import TokenCache
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.sampling.draw import request_uniforms
 
@@ -28,14 +28,14 @@ class Slots:
   """What each of the B slots remembers between steps.
 
   Attributes:
-    cache: LatentCache of B rows.
+    cache: TokenCache of B rows.
     hidden: cfg.dtype [B, D], after the final norm; predicts the next token.
     key_data: uint32 [B, 2], the key of each request.
     index: int32 [B], tokens drawn so far.
     live: bool [B]; False for a row that has ended or was never filled.
   """
 
-  cache: LatentCache
+  cache: TokenCache
   hidden: jax.Array
   key_data: jax.Array
   index: jax.Array
@@ -45,7 +45,7 @@ class Slots:
 class Prefilled(NamedTuple):
   """A block of R prompts ready to enter slots, each as often as wanted."""
 
-  cache: LatentCache  # capacity of the slots
+  cache: TokenCache  # capacity of the slots
   hidden: jax.Array  # cfg.dtype [R, D], at the last token of each prompt
   expert_ids: jax.Array  # int32 [L_moe, R, P, K]
 
@@ -69,7 +69,7 @@ def empty_slots(model: Transformer, slots: int, capacity: int) -> Slots:
   """B slots without requests, for `capacity` tokens each, prompt included."""
   c = model.cfg
   return Slots(
-    cache=LatentCache.empty(c, slots, capacity),
+    cache=TokenCache.empty(c, slots, capacity),
     hidden=jnp.zeros((slots, c.hidden_size), c.dtype),
     key_data=jnp.zeros((slots, 2), jnp.uint32),
     index=jnp.zeros((slots,), jnp.int32),

@@ -102,7 +102,7 @@ class Sampler:
     slots: int,
     prompt_length: int,
     devices: int,
-    eos_token: int,
+    eos_token: int | None,
     pad_token: int,
     steps_per_call: int | None = None,
   ):
@@ -131,7 +131,8 @@ class Sampler:
         f"attention_chunk={chunk} does not divide {prompt_length=}. Round"
         " prompt_length up to a multiple of it, or set attention_chunk=0."
       )
-    self.stop_tokens = (eos_token, *sampling.stop_tokens)
+    eos = () if eos_token is None else (eos_token,)
+    self.stop_tokens = (*eos, *sampling.stop_tokens)
     for name, token in [("pad_token", pad_token)] + [
       ("stop token", token) for token in self.stop_tokens
     ]:

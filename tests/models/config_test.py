@@ -1,4 +1,4 @@
-"""Every refusal of ModelConfig and RopeScaling, by its text."""
+"""Every refusal of ModelConfig and YarnScaling, by its text."""
 
 import dataclasses
 import re
@@ -6,7 +6,7 @@ import re
 import pytest
 
 from rlm.config import build
-from rlm.models.config import ModelConfig, RopeScaling
+from rlm.models.config import ModelConfig, YarnScaling
 from tests.models.families import YARN
 from tests.tiny_model import tiny_config
 
@@ -145,7 +145,7 @@ def test_built_from_a_plain_section():
   fields = dataclasses.asdict(tiny_config(rope_scaling=YARN))
   cfg = build(ModelConfig, fields, "model")
   assert cfg == tiny_config(rope_scaling=YARN)
-  assert isinstance(cfg.rope_scaling, RopeScaling)
+  assert isinstance(cfg.rope_scaling, YarnScaling)
   fields["n_group"] = 3
   text = "model: n_group=3 does not divide n_routed_experts=4."
   with pytest.raises(ValueError, match=re.escape(text)):

@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlm.models.config import RopeScaling
+from rlm.models.config import YarnScaling
 from rlm.models.transformer import Transformer
 from tests.fast_jit import fast_jit
 from tests.models import reference
 from tests.tiny_model import tiny_config
 
-YARN = RopeScaling(
+YARN = YarnScaling(
   factor=4.0,
   original_max_position_embeddings=16,
   beta_fast=2.0,

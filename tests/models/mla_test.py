@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlm.models.mla import MLA, LatentCache, write_entry
+from rlm.models.cache import TokenCache, write_entry
+from rlm.models.mla import MLA
 from rlm.models.rope import rope_rotations
 from tests.fast_jit import fast_jit
 from tests.models import families, reference
@@ -101,7 +102,7 @@ def test_absorbed_form_is_the_expanded_one(name):
   # Token by token from an empty cache, weights of std 1.
   cfg, variables, x = case(name)
   want, entries = expanded(name)
-  layer = LatentCache.empty(cfg, batch=1, capacity=LENGTH + 2).layers[0]
+  layer = TokenCache.empty(cfg, batch=1, capacity=LENGTH + 2).layers[0]
   decode = fast_jit(functools.partial(MLA(cfg).apply, method="decode"))
   for t in range(LENGTH):
     lengths = np.array([t], np.int32)
@@ -128,8 +129,8 @@ def test_what_lies_past_a_row_is_never_read():
 
 def cache_of(cfg, lengths, capacity, seed):
   rng = np.random.default_rng(seed)
-  empty = LatentCache.empty(cfg, len(lengths), capacity)
-  return LatentCache(
+  empty = TokenCache.empty(cfg, len(lengths), capacity)
+  return TokenCache(
     layers=tuple(
       jnp.asarray(rng.standard_normal(layer.shape), layer.dtype)
       for layer in empty.layers
@@ -140,7 +141,7 @@ def cache_of(cfg, lengths, capacity, seed):
 
 def test_empty_cache():
   cfg = tiny_config(dtype="bfloat16", **families.FAMILIES["v3"])
-  cache = LatentCache.empty(cfg, batch=2, capacity=6)
+  cache = TokenCache.empty(cfg, batch=2, capacity=6)
   assert len(cache.layers) == cfg.num_hidden_layers and cache.capacity == 6
   for layer in cache.layers:
     assert layer.shape == (2, cfg.kv_lora_rank + cfg.qk_rope_head_dim, 6)

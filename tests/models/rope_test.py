@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from rlm.models import rope
-from rlm.models.config import RopeScaling
+from rlm.models.config import YarnScaling
 from tests.models import families, reference
 
-V3 = RopeScaling(
+V3 = YarnScaling(
   factor=40.0,
   original_max_position_embeddings=4096,
   beta_fast=32.0,
@@ -18,7 +18,7 @@ V3 = RopeScaling(
   mscale=1.0,
   mscale_all_dim=1.0,
 )
-V2 = RopeScaling(
+V2 = YarnScaling(
   factor=40.0,
   original_max_position_embeddings=4096,
   beta_fast=32.0,
@@ -55,7 +55,7 @@ def test_frequencies_are_those_of_the_reference(scaling):
 
 def test_a_ramp_of_no_width_is_a_step():
   # Both ends fall on pair 0: the released code widens the ramp by 0.001.
-  narrow = RopeScaling(4.0, 2, 2.0, 1.0, 1.0, 1.0)
+  narrow = YarnScaling(4.0, 2, 2.0, 1.0, 1.0, 1.0)
   plain = rope.rope_frequencies(4, 10000.0, None)
   f = rope.rope_frequencies(4, 10000.0, narrow)
   np.testing.assert_allclose(f, plain * np.array([1, 0.25]), rtol=1e-6)

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlm.models.mla import LatentCache, write_entry
+from rlm.models.cache import TokenCache, write_entry
 from rlm.sampling import loop
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
@@ -37,8 +37,7 @@ class Reckoner:
     num_moe_layers=1,
     num_experts_per_tok=2,
     hidden_size=VOCAB,
-    kv_lora_rank=1,
-    qk_rope_head_dim=1,
+    cache_width=2,
     dtype="float32",
     n_vocab_used=VOCAB,
     tie_word_embeddings=False,
@@ -57,13 +56,13 @@ class Reckoner:
     count = cache.lengths + 1
     hidden = self.hidden(held.sum(axis=1), count)[:, None]
     routes = jnp.stack([tokens, cache.lengths[:, None]], axis=-1)[None]
-    return hidden, LatentCache((layer,), count), routes
+    return hidden, TokenCache((layer,), count), routes
 
   def prefill(self, tokens, positions, segment_ids):
     held = jnp.where(segment_ids > 0, tokens, 0)
     hidden = self.hidden(jnp.cumsum(held, axis=1), positions + 1)
     layer = jnp.broadcast_to(held[:, None], (len(tokens), 2, tokens.shape[1]))
-    cache = LatentCache((layer.astype(jnp.float32),), segment_ids.sum(axis=1))
+    cache = TokenCache((layer.astype(jnp.float32),), segment_ids.sum(axis=1))
     return hidden, cache, jnp.stack([tokens, positions], axis=-1)[None]
 
   def hidden(self, total, count):

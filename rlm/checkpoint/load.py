@@ -1,0 +1,139 @@
+"""A model and its weights from a folder, whoever wrote it."""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlm import files
+from rlm.checkpoint.initial import layout, shapes
+from rlm.checkpoint.manager import restore_variables
+from rlm.checkpoint.published import PublishedWeights
+from rlm.config import build
+from rlm.data.tokenizer import load_tokenizer
+from rlm.models.config import ModelConfig
+from rlm.models.published_config import read_published_config
+from rlm.models.transformer import Transformer
+
+
+def load_checkpoint(
+  folder: str | os.PathLike,
+  *,
+  dtype: str | None = None,
+  mtp: bool = True,
+  shardings: Callable[[Any], Any] | None = None,
+  on_read: Callable[[int, int], None] = lambda done, total: None,
+) -> tuple[Transformer, Any]:
+  """The model of a published folder, or of a run of ours.
+
+  A published folder (config.json with model_type, safetensors) is streamed
+  tensor by tensor to the devices; FP8 is dequantised on the way. Of a run the
+  newest checkpoint is taken.
+
+  Args:
+    folder: either of them; of a recipe, one of its stages' folders.
+    dtype: "float32" or "bfloat16", of parameters and activations alike; None
+      keeps what the folder says.
+    mtp: False leaves the MTP modules out, which transformers does when it
+      saves.
+    shardings: shapes of the variables -> a tree of `jax.sharding.Sharding`;
+      None puts all on the default device.
+    on_read: is told (bytes read, bytes in all) of a published folder's tensors.
+
+  Returns:
+    The Transformer and its variables.
+
+  Raises:
+    ValueError: the folder is neither, or does not hold what it says; every
+      tensor that is missing, surplus, misshapen or truncated is named.
+  """
+  root = pathlib.Path(folder)
+  if not (root / "config.json").is_file():
+    raise ValueError(
+      f"{folder} holds no config.json: it is neither a published model's folder"
+      " nor a run's."
+    )
+  config = files.read_json(root / "config.json")
+  if "model_type" in config:
+    return _load_published(root, dtype, mtp, shardings, on_read)
+  if "order" in config:
+    raise ValueError(
+      f"{folder} is a recipe's folder. Name one of its stages:"
+      f" {', '.join(str(root / stage) for stage in config['order'])}."
+    )
+  if "model" not in config:
+    raise ValueError(
+      f"{root / 'config.json'} has neither model_type, as published models"
+      " have, nor model, as our training runs have."
+    )
+  return _load_run(root, config, dtype, mtp, shardings)
+
+
+def _load_published(root, dtype, mtp, shardings, on_read):
+  cfg = read_published_config(root, dtype=dtype, param_dtype=dtype)
+  depth = cfg.num_nextn_predict_layers
+  generation = root / "generation_config.json"
+  if generation.is_file():
+    eos = files.read_json(generation).get("eos_token_id")
+    if eos is not None:
+      eos = tuple(eos) if isinstance(eos, list) else (eos,)
+      cfg = dataclasses.replace(cfg, eos_token_id=eos)
+  if not mtp:
+    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+  model = Transformer(cfg)
+  weights = PublishedWeights(
+    root,
+    cfg,
+    shapes(model),
+    ignored=[
+      f"model.layers.{cfg.num_hidden_layers + k}."
+      for k in range(depth - cfg.num_nextn_predict_layers)
+    ],
+  )
+  done, total = 0, weights.total_bytes()
+
+  def count(size):
+    nonlocal done
+    done += size
+    on_read(done, total)
+
+  variables = weights.load(
+    shapes(model),
+    shardings=None if shardings is None else shardings(shapes(model)),
+    on_read=count,
+  )
+  return model, variables
+
+
+def _load_run(root, config, dtype, mtp, shardings):
+  cfg = build(ModelConfig, config["model"], "config.model")
+  changes: dict[str, Any] = {}
+  if dtype is not None:
+    changes = {"dtype": dtype, "param_dtype": dtype}
+  if not cfg.eos_token_id and "tokenizer" in config:
+    changes["eos_token_id"] = (load_tokenizer(config["tokenizer"]).eos_id,)
+  variables = restore_variables(root / "checkpoints")
+  if not mtp and cfg.num_nextn_predict_layers:
+    changes["num_nextn_predict_layers"] = 0
+    variables = {
+      name: {k: v for k, v in tree.items() if k != "mtp_modules"}
+      for name, tree in variables.items()
+    }
+  model = Transformer(dataclasses.replace(cfg, **changes))
+  wanted = shapes(model)
+  names = layout(variables).keys(), layout(wanted).keys()
+  if names[0] != names[1]:
+    raise ValueError(
+      f"{root} holds other arrays than its config.json describes:"
+      f" {', '.join(sorted(names[0] ^ names[1]))}. An older version wrote it."
+    )
+  variables = jax.tree.map(
+    lambda x, shape: jnp.asarray(x, shape.dtype), variables, wanted
+  )
+  if shardings is not None:
+    variables = jax.device_put(variables, shardings(wanted))
+  return model, variables

@@ -1,0 +1,150 @@
+"""What every form of attention shares: masks, softmax, heads, query chunks."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rlm.kernels.product import einsum
+
+# Finite, so that a row without any key gives zeros and not NaN.
+MASKED = -1e30
+
+
+def attention_mask(
+  q_positions: jax.Array,
+  kv_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  kv_segment_ids: jax.Array,
+  selected: jax.Array | None = None,
+) -> jax.Array:
+  """Which keys each query may see: its own segment, up to its own position.
+
+  Args:
+    q_positions: int32 [B, T].
+    kv_positions: int32 [B, S].
+    q_segment_ids: int32 [B, T]; 0 is padding and sees nothing.
+    kv_segment_ids: int32 [B, S].
+    selected: bool [B, T, S] or None; a further restriction (sparse attention).
+
+  Returns:
+    bool [B, T, S], True = keep.
+  """
+  mask = q_positions[:, :, None] >= kv_positions[:, None, :]
+  mask &= q_segment_ids[:, :, None] == kv_segment_ids[:, None, :]
+  mask &= (q_segment_ids != 0)[:, :, None]
+  return mask if selected is None else mask & selected
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array):
+  """Softmax over the keys that a mask keeps, and its log-sum-exp.
+
+  Args:
+    scores: float32 [B, N, T, S].
+    mask: bool [B, T, S].
+
+  Returns:
+    probs float32 [B, N, T, S], all 0 for a query without keys; lse float32
+    [B, N, T], -inf there.
+  """
+  scores = jnp.where(mask[:, None], scores, MASKED)
+  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  weights = jnp.where(mask[:, None], jnp.exp(scores - top), 0.0)
+  total = weights.sum(axis=-1, keepdims=True)
+  safe = jnp.where(total > 0, total, 1.0)
+  lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
+  return weights / safe, lse[..., 0]
+
+
+def prefers_heads(num_heads: int) -> bool:
+  """Whether `attend_heads` is the fastest form here: on a CPU, few heads."""
+  return jax.default_backend() == "cpu" and num_heads <= 16
+
+
+def attend_heads(
+  heads: Sequence[tuple[jax.Array, jax.Array, jax.Array]],
+  mask: jax.Array,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """One head after the other, in straight-line code, for the CPU.
+
+  Several times faster there than one batched product, since no axis has to be
+  moved and a head's scores stay in cache. The mask is added rather than
+  selected by, and the sum divides the output and not the weights.
+
+  Args:
+    heads: q [B, T, H], k [B, S, H] and v [B, S, h] of each; heads may share
+      keys and values.
+    mask: bool [B, T, S].
+    scale: factor on the scores.
+
+  Returns:
+    out [B, T, N, h] in the dtype of the queries, zeros where a query sees no
+    key; lse float32 [B, N, T], -inf there.
+  """
+  penalty = jnp.where(mask, 0.0, MASKED)
+  outs, lses = [], []
+  for q, k, v in heads:
+    scores = einsum("BTH,BSH->BTS", q, k)
+    scores = scores * scale + penalty
+    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+    # A row without keys has top = MASKED and would give weights of 1.
+    weights = jnp.exp(scores - jnp.maximum(top, MASKED / 2))
+    total = weights.sum(axis=-1)
+    safe = jnp.where(total > 0, total, 1.0)
+    out = einsum("BTS,BSh->BTh", weights.astype(q.dtype), v)
+    outs.append((out / safe[..., None]).astype(q.dtype))
+    lses.append(jnp.where(total > 0, jnp.log(safe) + top[..., 0], -jnp.inf))
+  return jnp.stack(outs, axis=2), jnp.stack(lses, axis=1)
+
+
+def by_query_chunks(
+  attend: Callable[..., tuple[jax.Array, jax.Array]],
+  query_chunk: int,
+  queries: Any,
+  q_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  selected: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Attends for `query_chunk` queries after the other; 0 takes them whole.
+
+  Each chunk is recomputed in the backward pass, so that no [B, N, T, S] exists.
+
+  Args:
+    attend: (queries, q_positions, q_segment_ids, selected) -> out, lse.
+    query_chunk: a divisor of T, or 0.
+    queries: arrays [B, T, ...].
+    q_positions: int32 [B, T].
+    q_segment_ids: int32 [B, T].
+    selected: bool [B, T, S] or None.
+
+  Returns:
+    out [B, T, N, h] and lse float32 [B, N, T], as `attend` gives for all.
+
+  Raises:
+    ValueError: `query_chunk` does not divide T.
+  """
+  length = q_positions.shape[1]
+  if not query_chunk or query_chunk >= length:
+    return attend(queries, q_positions, q_segment_ids, selected)
+  if length % query_chunk:
+    raise ValueError(
+      f"{query_chunk=} does not divide the {length} queries. Choose a divisor,"
+      " or 0 for no chunks."
+    )
+
+  def split(x):  # [B, T, ...] -> [chunks, B, chunk, ...]
+    chunks = x.reshape(x.shape[0], -1, query_chunk, *x.shape[2:])
+    return jnp.moveaxis(chunks, 1, 0)
+
+  parts = (queries, q_positions, q_segment_ids, selected)
+  out, lse = jax.lax.map(
+    lambda chunk: jax.checkpoint(attend)(*chunk), jax.tree.map(split, parts)
+  )
+  out = jnp.moveaxis(out, 0, 1)  # [B, chunks, chunk, N, h]
+  lse = jnp.moveaxis(lse, 0, 2)  # [B, N, chunks, chunk]
+  return (
+    out.reshape(out.shape[0], length, *out.shape[3:]),
+    lse.reshape(*lse.shape[:2], length),
+  )
