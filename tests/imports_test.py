@@ -30,9 +30,16 @@ RANK = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}
 # What must start within a second, or run where jax is not wanted.
 WITHOUT_JAX = (
   "rlm/__init__.py",
+  "rlm/checkpoint/fp8.py",
+  "rlm/checkpoint/tensor_files.py",
+  "rlm/checkpoint/tensor_writer.py",
   "rlm/config.py",
+  "rlm/data/chat_template.py",
   "rlm/data/documents.py",
+  "rlm/data/model_tokenizer.py",
   "rlm/data/packing.py",
+  "rlm/data/template_sandbox.py",
+  "rlm/data/thinking.py",
   "rlm/data/tokenizer.py",
   "rlm/files.py",
   "rlm/jsonl.py",

@@ -117,19 +117,20 @@ class CheckpointManager:
 
     Args:
       step: steps done; each is saved once.
-      state: a pytree of jax arrays, scalars and typed keys included.
+      state: a pytree of jax arrays, scalars and typed keys included, or numpy
+        arrays, which may lie in files.
       extra: JSON data beside it, such as the data iterator's state.
 
     Raises:
-      ValueError: a leaf is no jax array, or the step was saved before.
+      ValueError: a leaf is no array, or the step was saved before.
       DiskFullError: no space left; the older checkpoints are untouched.
     """
     if step in _steps(self.folder):
       raise ValueError(f"step {step} is already saved in {self.folder}.")
     for path, leaf in leaves.flatten(state):
-      if not isinstance(leaf, jax.Array):
+      if not isinstance(leaf, (jax.Array, np.ndarray)):
         raise ValueError(
-          f"state leaf {path} is {type(leaf).__name__}, not a jax array. Make"
+          f"state leaf {path} is {type(leaf).__name__}, not an array. Make"
           " it one (jnp.asarray), or put plain data into `extra`."
         )
     record = {

@@ -8,6 +8,7 @@ lie one tensor as stored and one as it is handed over.
 import functools
 import math
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,7 +61,7 @@ class PublishedWeights:
     self.tensors = published_tensors(cfg, shapes)
     self._copies = copies(cfg)
     self._ignored = tuple(ignored)
-    problems = self._problems(cfg)
+    problems = [*self.files.problems, *self._problems(cfg)]
     if problems:
       raise ValueError(
         f"{folder} does not hold the weights of its config.json:\n- "
@@ -125,6 +126,25 @@ class PublishedWeights:
     return sum(
       self.files.nbytes(t.name) for ts in self.tensors.values() for t in ts
     )
+
+  def scales(self) -> dict[str, np.ndarray]:
+    """Name of each FP8 weight -> its scales, float32 [out / 128, in / 128]."""
+    names = [t.name for ts in self.tensors.values() for t in ts]
+    return {
+      name: self.files.read(name + SCALE_SUFFIX).astype(np.float32)
+      for name in names
+      if self.files.dtype(name) == _FP8
+    }
+
+  def fingerprint(self) -> str:
+    """CRC-32 of names, shapes, dtypes and files' times, to tell them apart."""
+    names = sorted(self.files.names())
+    held = [(n, self.files.shape(n), str(self.files.dtype(n))) for n in names]
+    times = [
+      (path.name, path.stat().st_size, path.stat().st_mtime_ns)
+      for path in sorted(self.files.folder.glob("*.safetensors"))
+    ]
+    return f"{zlib.crc32(repr((held, times)).encode()):08x}"
 
   def load(
     self,

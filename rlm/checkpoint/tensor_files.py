@@ -78,9 +78,13 @@ class TensorFiles:
   Args:
     folder: the folder.
 
+  Attributes:
+    folder: the folder.
+    problems: what is wrong with the files, a line each; tensors named there may
+      not be read. `open_tensors` raises instead.
+
   Raises:
-    ValueError: no such folder, no safetensors in it, or files that are broken
-      or do not fit together; the message lists every problem.
+    ValueError: no such folder, or no safetensors in it.
   """
 
   def __init__(self, folder: str | os.PathLike):
@@ -110,12 +114,7 @@ class TensorFiles:
       for name, shard in weight_map.items()
       if shard in read and (shard, name) not in held
     ]
-    if problems:
-      raise ValueError(
-        f"{self.folder} does not hold sound safetensors:\n- "
-        + "\n- ".join(problems)
-        + "\nDownload or export these files again."
-      )
+    self.problems = tuple(problems)
 
   def __contains__(self, name: object) -> bool:
     return name in self._tensors
@@ -190,6 +189,23 @@ class TensorFiles:
         f" {len(self._tensors)}: {some}, ..."
       )
     return self._tensors[name]
+
+
+def open_tensors(folder: str | os.PathLike) -> TensorFiles:
+  """The tensors of a folder whose files are sound.
+
+  Raises:
+    ValueError: no such folder, no safetensors in it, or files that are broken
+      or do not fit together; the message lists every problem.
+  """
+  files = TensorFiles(folder)
+  if files.problems:
+    raise ValueError(
+      f"{folder} does not hold sound safetensors:\n- "
+      + "\n- ".join(files.problems)
+      + "\nDownload or export these files again."
+    )
+  return files
 
 
 def _find(

@@ -298,7 +298,8 @@ def _yarn(given: dict[str, Any], fields: dict[str, Any]) -> YarnScaling:
     if not stretch:
       raise ValueError("attention_factor needs a rope_scaling.factor above 1.")
     whole = magnitude * yarn_mscale(given["factor"], given["mscale_all_dim"])
-    given["mscale"] = (whole - 1) / stretch
+    # Rounded, so that what we write is read as what it was.
+    given["mscale"] = round((whole - 1) / stretch, 12)
   return build(YarnScaling, given, "rope_scaling")
 
 
@@ -397,7 +398,8 @@ def _published_scaling(cfg: ModelConfig) -> dict[str, Any] | None:
           f"rope_scaling.mscale=0 with mscale_all_dim={scaling.mscale_all_dim}"
           " has no published form. Set both."
         )
-      fields["attention_factor"] = rope_magnitude(scaling)
+      if scaling.mscale != 1:  # which is the default
+        fields["attention_factor"] = rope_magnitude(scaling)
     if not (scaling.mscale and scaling.mscale_all_dim):
       del fields["mscale"], fields["mscale_all_dim"]
   return fields

@@ -153,7 +153,7 @@ def test_mistakes_are_named(tmp_path):
   with pytest.raises(ValueError, match="keep=0: at least one"):
     manager_of(tmp_path, keep=0)
   with manager_of(tmp_path) as manager:
-    with pytest.raises(ValueError, match=r"leaf a/b is int, not a jax array"):
+    with pytest.raises(ValueError, match=r"leaf a/b is int, not an array"):
       manager.save(1, {"a": {"b": 3}})
     manager.save(1, {"a": jnp.int32(1)})
     with pytest.raises(ValueError, match="step 1 is already saved"):

@@ -106,12 +106,16 @@ def test_tools_and_their_calls(template):
   call = {"type": "function", "function": {"name": "add", "arguments": "é"}}
   messages = [ASK, {"role": "assistant", "content": None, "tool_calls": [call]}]
   text = template(published.CHATML).render(messages, tools=[TOOL])
-  assert text == (
-    "<|im_start|>system\n<tools>\n" + json.dumps(TOOL, ensure_ascii=False)
-    # Neither HTML nor ASCII: & and é as they are.
-    + "\n</tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
-    '<|im_start|>assistant\n\n<tool_call>\n{"name": "add", "arguments": "é"}'
-    "\n</tool_call><|im_end|>\n"
+  assert (
+    text
+    == (
+      "<|im_start|>system\n<tools>\n"
+      + json.dumps(TOOL, ensure_ascii=False)
+      # Neither HTML nor ASCII: & and é as they are.
+      + "\n</tools><|im_end|>\n<|im_start|>user\n2+2?<|im_end|>\n"
+      '<|im_start|>assistant\n\n<tool_call>\n{"name": "add", "arguments": "é"}'
+      "\n</tool_call><|im_end|>\n"
+    )
   )
 
 
@@ -163,7 +167,9 @@ def test_special_tokens_as_strings_or_objects(template):
   pad = {"content": "<pad>", "lstrip": False}
   loaded = template(source, pad_token=pad, add_bos_token=True, unk_token=None)
   assert loaded.special_tokens == {
-    **{"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "pad_token": "<pad>",
   }
   assert loaded.render([ASK]) == "<s></s><pad>"
   assert loaded.render([ASK], eos_token="!") == "<s>!<pad>"
@@ -211,8 +217,8 @@ def test_a_template_that_cannot_be_read(template):
     "{{ messages[0].update(role='x') }}",
     "{{ namespace(__class__=1) }}",
     "{% set n = namespace() %}{% set n._x = 1 %}",
-    "{{ '{0.__class__}'.format(messages) }}",
-    "{{ dict.__subclasses__() }}",
+    "{{ '{0.__class__.x}'.format(messages) }}",
+    "{{ dict.__call__.x }}",
   ],
 )
 def test_the_sandbox_holds(template, source):
@@ -278,7 +284,9 @@ def test_messages_are_plain_data(template):
     loaded.render([])
   with pytest.raises(ValueError, match=r"messages\[1\] is a str"):
     loaded.render([ASK, "hi"])
-  with pytest.raises(ValueError, match=r"messages\[0\]\['content'\] is a Under"):
+  with pytest.raises(
+    ValueError, match=r"messages\[0\]\['content'\] is a Undef"
+  ):
     loaded.render([{"role": "user", "content": jinja2.Undefined()}])
 
 

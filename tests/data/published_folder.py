@@ -127,16 +127,15 @@ def write_json(folder, name, **values):
 def write_deepseek(folder, template, **config):
   """A folder in the style of DeepSeek's, whose pad token is EOS."""
   train(folder, DEEPSEEK_SPECIAL, DEEPSEEK_ADDED)
-  tokens = {"bos_token": {"content": BOS}, "eos_token": {"content": EOS}}
   values = {
     "tokenizer_class": "LlamaTokenizerFast",
+    "bos_token": {"__type": "AddedToken", "content": BOS},
+    "eos_token": {"__type": "AddedToken", "content": EOS},
+    "pad_token": {"__type": "AddedToken", "content": EOS},
     "add_bos_token": True,
-    "pad_token": {"content": EOS},
     "chat_template": template,
   }
-  return write_json(
-    folder, "tokenizer_config.json", **tokens, **(values | config)
-  )
+  return write_json(folder, "tokenizer_config.json", **(values | config))
 
 
 def write_qwen(folder, template=CHATML):

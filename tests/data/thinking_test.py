@@ -1,3 +1,5 @@
+import itertools
+
 import hypothesis.strategies as st
 import pytest
 from hypothesis import given
@@ -84,7 +86,7 @@ texts = st.lists(
 def test_any_chunks_give_the_same(text, inside, data):
   cuts = sorted(data.draw(st.lists(st.integers(0, len(text)))))
   bounds = [0, *cuts, len(text)]
-  parts = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+  parts = [text[a:b] for a, b in itertools.pairwise(bounds)]
   whole = parse([text], inside)
   assert parse(parts, inside) == whole
   assert parse(list(text), inside) == whole

@@ -1,0 +1,238 @@
+"""Published folders <-> folders of ours, for the command convert_checkpoint.
+
+A converted folder looks like a finished run: config.json with the model,
+checkpoints/ and summary.json, so that every experiment can start from it. What
+came with the model (config.json, tokenizer, generation config, FP8 scales)
+lies in `published/` and goes out with it again.
+
+A leaf is gathered in a file, tensor by tensor, so that neither memory nor an
+interruption matters: the same command continues after the last whole tensor.
+"""
+
+import dataclasses
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from rlm import files
+from rlm.checkpoint.export import (
+  CARRIED_FILES,
+  SHARD_BYTES,
+  Stored,
+  export_published,
+)
+from rlm.checkpoint.initial import shapes
+from rlm.checkpoint.load import load_checkpoint
+from rlm.checkpoint.manager import CheckpointManager
+from rlm.checkpoint.published import PublishedWeights
+from rlm.checkpoint.published_names import Tensor, leaf_name
+from rlm.config import plain
+from rlm.models.config import ModelConfig
+from rlm.models.published_config import read_published_config
+from rlm.models.transformer import Transformer
+
+PUBLISHED = "published"  # folder of what came with the model
+_SCALES = "fp8_scales.safetensors"
+_STAGE = ".converting"
+
+Report = Callable[[int, int], None]
+
+
+def import_published(
+  source: str | os.PathLike,
+  target: str | os.PathLike,
+  *,
+  dtype: str | None = None,
+  mtp: bool = True,
+  on_read: Report = lambda done, total: None,
+) -> None:
+  """Converts a published folder to one of ours; continues where it stopped.
+
+  Args:
+    source: config.json and safetensors.
+    target: the folder to make.
+    dtype: of the parameters, "float32" or "bfloat16"; None keeps the file's.
+    mtp: False leaves the MTP modules out.
+    on_read: is told (bytes read, bytes in all).
+
+  Raises:
+    ValueError: the source does not hold what it says, or the target holds
+      another model.
+    DiskFullError: no room; twice the model is needed while it is made.
+  """
+  source, target = pathlib.Path(source), pathlib.Path(target)
+  cfg = read_published_config(source, dtype=dtype, param_dtype=dtype)
+  ignored = []
+  if not mtp:
+    first, depth = cfg.num_hidden_layers, cfg.num_nextn_predict_layers
+    ignored = [f"model.layers.{first + k}." for k in range(depth)]
+    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+  wanted = shapes(Transformer(cfg))
+  weights = PublishedWeights(source, cfg, wanted, ignored=ignored)
+  record = {
+    "model": files.to_json(plain(dataclasses.asdict(cfg))),
+    "converted_from": {"fingerprint": weights.fingerprint()},
+  }
+  _begin(target, record)
+  if (target / "summary.json").is_file():
+    return  # finished before
+  _carry(source, target / PUBLISHED)
+  size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wanted))
+  files.require_free_space(target, 2 * size, "the converted weights")
+  _save_scales(weights, target / PUBLISHED / _SCALES)
+  variables = _stage(weights, wanted, target / _STAGE, on_read)
+  manager_folder = target / "checkpoints"
+  with CheckpointManager(manager_folder, keep=1) as manager:
+    if not (manager_folder / "0").exists():
+      manager.save(0, {"variables": variables})
+  files.write_json(target / "summary.json", {"steps": 0, "bytes": size})
+  shutil.rmtree(target / _STAGE)
+
+
+def export_checkpoint(
+  source: str | os.PathLike,
+  target: str | os.PathLike,
+  *,
+  stored: Stored | None = None,
+  max_shard_bytes: int = SHARD_BYTES,
+  on_write: Report = lambda done, total: None,
+) -> None:
+  """Writes a published folder from a run, a converted or a published one.
+
+  Args:
+    source: any folder that `load_checkpoint` reads.
+    target: the folder to make.
+    stored: how; None keeps FP8 where the model came in it, else the dtype of
+      its parameters.
+    max_shard_bytes: of one file of weights.
+    on_write: is told (bytes written, bytes in all).
+
+  Raises:
+    ValueError: as `load_checkpoint` and `export_published`.
+  """
+  source, target = pathlib.Path(source), pathlib.Path(target)
+  config = files.read_json(source / "config.json")
+  if "model_type" in config:
+    cfg = read_published_config(source)
+    wanted = shapes(Transformer(cfg))
+    weights = PublishedWeights(source, cfg, wanted)
+    scales: Mapping[str, np.ndarray] = weights.scales()
+    original, carried = config, source
+
+    def read(leaf: str, tensor: Tensor) -> np.ndarray:
+      return weights.read(tensor.name)
+  else:
+    model, variables = load_checkpoint(source)
+    cfg, wanted = model.cfg, variables
+    leaves = {
+      leaf_name(path): leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    }
+    carried, original, scales = source / PUBLISHED, None, {}
+    if (carried / "config.json").is_file():
+      original = files.read_json(carried / "config.json")
+    if (carried / _SCALES).is_file():
+      scales = safetensors.numpy.load_file(carried / _SCALES)
+
+    def read(leaf: str, tensor: Tensor) -> np.ndarray:
+      part = np.asarray(leaves[leaf][tensor.place])
+      return part.T if tensor.transposed else part
+
+  export_published(
+    target,
+    cfg,
+    wanted,
+    read,
+    stored=stored or ("fp8" if scales else _stored(cfg)),
+    original=original,
+    scales=scales,
+    max_shard_bytes=max_shard_bytes,
+    on_write=on_write,
+  )
+  _carry(carried, target, besides=("config.json",))
+
+
+def _stored(cfg: ModelConfig) -> Stored:
+  return cfg.param_dtype
+
+
+def _begin(target: pathlib.Path, record: dict[str, Any]) -> None:
+  """Makes the folder, or checks that it is of the same conversion."""
+  path = target / "config.json"
+  if path.is_file():
+    if files.read_json(path) != record:
+      raise ValueError(
+        f"{target} holds another model, or the same from other files or in"
+        " another dtype. Choose another folder, or remove it."
+      )
+    return
+  if target.exists() and any(target.iterdir()):
+    raise ValueError(f"{target} is not empty. Choose another folder.")
+  target.mkdir(parents=True, exist_ok=True)
+  files.write_json(path, record)
+
+
+def _carry(
+  source: pathlib.Path, target: pathlib.Path, besides: tuple[str, ...] = ()
+) -> None:
+  """Copies what comes with the weights."""
+  target.mkdir(parents=True, exist_ok=True)
+  for name in (*CARRIED_FILES, "config.json"):
+    if name not in besides and (source / name).is_file():
+      files.write_bytes(target / name, (source / name).read_bytes())
+
+
+def _save_scales(weights: PublishedWeights, path: pathlib.Path) -> None:
+  if scales := weights.scales():
+    files.write_bytes(path, safetensors.numpy.save(dict(scales)))
+
+
+def _stage(
+  weights: PublishedWeights, wanted: Any, folder: pathlib.Path, on_read: Report
+) -> Any:
+  """The leaves as arrays over files, gathered tensor by tensor."""
+  folder.mkdir(exist_ok=True)
+  done, total = 0, weights.total_bytes()
+
+  def gather(path, leaf):
+    nonlocal done
+    name = leaf_name(path)
+    array, tensors = _open_leaf(folder, name, leaf), weights.tensors[name]
+    mark = folder / f"{name}.done"
+    finished = int(mark.read_text()) if mark.is_file() else 0
+    since = 0
+    for i, tensor in enumerate(tensors):
+      size = weights.files.nbytes(tensor.name)
+      if i >= finished:
+        part = weights.read(tensor.name)
+        array[tensor.place] = part.T if tensor.transposed else part
+        since += size
+      done += size
+      if since > _MARK_BYTES or i + 1 == len(tensors) > finished:
+        array.flush()
+        files.write_bytes(mark, str(i + 1).encode())
+        since = 0
+        on_read(done, total)
+    return array.view(leaf.dtype)
+
+  return jax.tree.map_with_path(gather, wanted)
+
+
+_MARK_BYTES = 1 << 28  # an interruption costs so much reading at most
+
+
+def _open_leaf(folder: pathlib.Path, name: str, leaf: Any) -> np.memmap:
+  """A leaf's file, of zeros at first."""
+  path = folder / f"{name}.bin"
+  size = leaf.size * leaf.dtype.itemsize
+  if not path.is_file() or path.stat().st_size != size:
+    (folder / f"{name}.done").unlink(missing_ok=True)
+    with files.clear_disk_errors(path), open(path, "wb") as file:
+      file.truncate(size)
+  return np.memmap(path, leaf.dtype, "r+", shape=leaf.shape)

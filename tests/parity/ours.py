@@ -1,0 +1,190 @@
+"""What rlm computes for the cases, under the names of the golden files."""
+
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rlm.checkpoint.initial import shapes
+from rlm.checkpoint.published import PublishedWeights
+from rlm.checkpoint.published_names import published_tensors
+from rlm.losses import global_weights, make_pretrain_loss
+from rlm.models.block import Block
+from rlm.models.layers import RMSNorm
+from rlm.models.published_config import read_published_config
+from rlm.models.rope import rope_rotations
+from rlm.models.transformer import Transformer, head_kernel
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.sampler import Sampler, request_keys
+from tests.fast_jit import fast_jit
+from tests.models import reference
+from tests.parity import cases
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ours:
+  """A model loaded as a published folder, and what it computes."""
+
+  model: Transformer
+  variables: dict
+
+  @classmethod
+  def load(cls, folder: pathlib.Path) -> "Ours":
+    """Through the path that users take."""
+    cfg = read_published_config(folder)
+    model = Transformer(cfg)
+    weights = PublishedWeights(folder, cfg, shapes(model))
+    return cls(model, weights.load(shapes(model)))
+
+  def run_batch(self, name: str):
+    """As tools/make_golden.py: outputs, and gradients by published name."""
+    batch = cases.make_batch(cases.BATCHES[name])
+    batch["loss_mask"] = np.ones(batch["tokens"].shape, bool)
+    batch = global_weights(batch, mtp_depth=0)
+    loss, logits, gradients = self._differentiate(self.variables, batch)
+    logits = np.where(batch["segment_ids"][..., None] != 0, logits, 0)
+    outputs = {"logits": logits, "loss": np.asarray(loss)}
+    return outputs, self._published(gradients)
+
+  @functools.cached_property
+  def _differentiate(self):
+    loss_fn = make_pretrain_loss(
+      self.model, train_mtp=False, balance_weight=0.0
+    )
+
+    def scalar(params, variables, batch):
+      variables = {**variables, "params": params}
+      loss, _ = loss_fn(variables, batch, jax.random.key(0))
+      return loss, forward(self.model, variables, batch)
+
+    def run(variables, batch):
+      grad = jax.value_and_grad(scalar, has_aux=True)
+      (loss, logits), gradients = grad(variables["params"], variables, batch)
+      return loss, logits, gradients
+
+    return fast_jit(run)
+
+  def _published(self, gradients):
+    """A tree like `params` -> published name -> array as published."""
+    tensors = published_tensors(self.model.cfg, {"params": gradients})
+    found = {}
+    for path, leaf in jax.tree.leaves_with_path({"params": gradients}):
+      leaf = np.asarray(leaf)
+      for tensor in tensors[".".join(entry.key for entry in path)]:
+        value = leaf[tensor.place]
+        found[tensor.name] = value.T if tensor.transposed else value
+    return found
+
+  def decode_greedily(self) -> list[np.ndarray]:
+    """int32 [NEW_TOKENS] of each prompt, through the cache.
+
+    The prompts are one batch, padded to the longer one.
+    """
+    # Any end would do that no reference reaches; `run` gives what was made.
+    sampler = Sampler(
+      self.model,
+      SamplingConfig(
+        temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=cases.NEW_TOKENS
+      ),
+      slots=2,
+      prompt_length=max(cases.PROMPT_LENGTHS),
+      devices=1,
+      eos_token=self.model.cfg.vocab_size - 1,
+      pad_token=0,
+    )
+    prompts = cases.make_prompts()
+    keys = request_keys(jax.random.key(0), len(prompts))
+    done = sampler.generate(self.variables, prompts, keys)
+    return [
+      tokens[:length]
+      for tokens, length in zip(done.tokens, done.lengths, strict=True)
+    ]
+
+  def run_sublayers(self, golden: dict) -> dict[str, np.ndarray]:
+    """Every sublayer on the input that the reference's had.
+
+    Args:
+      golden: outputs of the reference's sublayers; see make_golden.py.
+
+    Returns:
+      The same names, and `<layer>.block` on the layer's input; from its
+      cache, `<layer>.decode` is the attention of the last token alone.
+    """
+    params, c = self.variables["params"], self.model.cfg
+    tokens = cases.make_batch(cases.BATCHES["padded"])["tokens"][0]
+    x = np.asarray(params["embed"]["embedding"])[tokens]
+    found = {}
+    for i in range(c.num_hidden_layers):
+      kind, at = "dense_layers", i
+      if i >= c.first_k_dense_replace:
+        kind, at = "moe_layers", i - c.first_k_dense_replace
+      one = {
+        name: reference.layer(jax.device_get(tree[kind]), at)
+        for name, tree in self.variables.items()
+        if kind in tree
+      }
+      inputs = {
+        "block": x,
+        "attn_norm": x,
+        "attn": golden[f"{i}.attn_norm"],
+        "ffn_norm": x + golden[f"{i}.attn"],
+        "ffn": golden[f"{i}.ffn_norm"],
+      }
+      outputs = _run_block(c, kind == "moe_layers")(one, inputs)
+      found |= {f"{i}.{name}": out[0] for name, out in outputs.items()}
+      x = x + golden[f"{i}.attn"] + golden[f"{i}.ffn"]
+    norm = RMSNorm(c).apply({"params": params["final_norm"]}, x)
+    return {**found, "final_norm": np.asarray(norm)}
+
+
+def forward(model: Transformer, variables, batch) -> jax.Array:
+  """Logits [B, T, V]."""
+  rows = (batch[key] for key in ("tokens", "positions", "segment_ids"))
+  hidden, _ = model.apply(variables, *rows)
+  head = head_kernel(variables, model.cfg).astype(hidden.dtype)
+  return jnp.einsum("BTD,DV->BTV", hidden, head)
+
+
+@functools.cache
+def _run_block(cfg, routed):
+  """Compiled once for all layers of a kind; the weights are an argument."""
+  block = Block(cfg, routed)
+
+  def run(variables, inputs):
+    inputs = {name: x[None] for name, x in inputs.items()}
+    length = inputs["block"].shape[1]
+    positions = jnp.arange(length, dtype=jnp.int32)[None]
+    ones = jnp.ones_like(positions)
+    rotations = rope_rotations(
+      positions, cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling
+    )
+
+    def parts(block):
+      out = {
+        "attn_norm": block.attn_norm(inputs["attn_norm"]),
+        "ffn_norm": block.ffn_norm(inputs["ffn_norm"]),
+        "block": block(inputs["block"], rotations, positions, ones, None)[0],
+      }
+      out["attn"], entries = block.attn(
+        inputs["attn"], rotations, positions, ones
+      )
+      # The last token's own entry is removed: decode has to add it.
+      last = length - 1
+      out["decode"], _ = block.attn.decode(
+        inputs["attn"][:, last:],
+        tuple(x[:, last:] for x in rotations),
+        entries.at[:, :, last].set(0.0),
+        positions[:, last],
+      )
+      if routed:
+        out["ffn"], _ = block.ffn(inputs["ffn"], ones, None)
+      else:
+        out["ffn"] = block.ffn(inputs["ffn"])
+      return out
+
+    return block.apply(variables, method=parts)
+
+  return fast_jit(run)
