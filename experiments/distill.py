@@ -12,6 +12,7 @@ import pathlib
 from typing import Any
 
 from experiments import launch, pretrain, sft
+from experiments.from_checkpoint import fill_model
 from rlm.config import build
 from rlm.data.sources import MessagesSource
 
@@ -45,6 +46,7 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Trains the student, or continues; returns the summary."""
+  c = fill_model(c)
   cfg = build(Config, c)
   check(cfg)
   return pretrain.train(cfg, c, workdir, console)

@@ -13,6 +13,7 @@ import pathlib
 from typing import Any, Literal
 
 from experiments import launch
+from experiments.from_checkpoint import fill_model
 from rlm.config import build
 from rlm.data.sources import DataConfig, MessagesSource, check_sources
 from rlm.data.tokenizer import Tokenizer, load_model_tokenizer
@@ -270,6 +271,7 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Trains, or continues the run in `workdir`; returns its summary."""
+  c = fill_model(c)
   return train(build(Config, c), c, workdir, console)
 
 

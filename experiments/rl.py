@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from experiments import launch
 from experiments.evaluate import make_sampler
+from experiments.from_checkpoint import fill_model
 from rlm.config import build
 from rlm.data.tokenizer import Tokenizer, load_model_tokenizer
 from rlm.models.config import ModelConfig
@@ -187,6 +188,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.workdir import open_workdir
 
   # --- Config: every mistake is met here, before anything is compiled. -------
+  c = fill_model(c)
   cfg = build(Config, c)
   launch.check_one_process()
   task, scorer, tokenizer, sampler = prepare(cfg)

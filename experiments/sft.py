@@ -13,6 +13,7 @@ import pathlib
 from typing import Any
 
 from experiments import launch, pretrain
+from experiments.from_checkpoint import fill_model
 from rlm.config import build
 from rlm.data.sources import MessagesSource, TaskSource
 
@@ -48,6 +49,7 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Fine-tunes, or continues the run in `workdir`; returns its summary."""
+  c = fill_model(c)
   cfg = build(Config, c)
   check(cfg)
   return pretrain.train(cfg, c, workdir, console)

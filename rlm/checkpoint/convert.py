@@ -33,6 +33,7 @@ from rlm.checkpoint.manager import CheckpointManager
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import Tensor, leaf_name
 from rlm.config import plain
+from rlm.data.byte_tokenizer_files import write_byte_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
@@ -156,6 +157,10 @@ def export_checkpoint(
     on_write=on_write,
   )
   _carry(carried, target, besides=("config.json",))
+  if config.get("tokenizer") == "bytes":
+    write_byte_tokenizer(target)
+  elif "tokenizer" in config:
+    _carry(pathlib.Path(config["tokenizer"]), target, besides=("config.json",))
 
 
 def _stored(cfg: ModelConfig) -> Stored:

@@ -1,4 +1,4 @@
-"""The weights that a run starts from: another run's last ones, or random."""
+"""The weights that a run starts from: another's, published ones, or random."""
 
 import dataclasses
 import functools
@@ -13,8 +13,10 @@ import numpy as np
 
 from rlm import files
 from rlm.checkpoint.manager import restore_variables
+from rlm.checkpoint.published import PublishedWeights
 from rlm.config import plain
 from rlm.models.config import ModelConfig
+from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
 from rlm.workdir import differences
 
@@ -38,13 +40,15 @@ _MAY_DIFFER = frozenset(
 def initial_variables(
   model: Transformer, init_from: str | None, key: jax.Array
 ) -> Any:
-  """Variables of a run's newest checkpoint, or random ones.
+  """Variables of a run's newest checkpoint, of a published folder, or random.
 
   Warns of a run that has not finished.
 
   Args:
-    model: the model that will use them.
-    init_from: folder of the run; None draws random weights.
+    model: the model that will use them; without MTP modules it may start from
+      a published model that has them.
+    init_from: folder of the run or of the published model; None draws random
+      weights.
     key: for random weights.
 
   Returns:
@@ -58,8 +62,10 @@ def initial_variables(
     return random_variables(model, key)
   folder = pathlib.Path(init_from)
   if (folder / "config.json").exists():
-    saved = files.read_json(folder / "config.json").get("model", {})
-    check_same_model(init_from, saved, model.cfg)
+    config = files.read_json(folder / "config.json")
+    if "model_type" in config:
+      return _published_variables(model, init_from)
+    check_same_model(init_from, config.get("model", {}), model.cfg)
     if not (folder / "summary.json").exists():
       warnings.warn(
         f"config.init_from={init_from!r} is a run that has not finished; this"
@@ -69,6 +75,22 @@ def initial_variables(
   variables = restore_variables(folder / "checkpoints")
   _refuse(init_from, differences(layout(variables), layout(shapes(model))))
   return variables
+
+
+def _published_variables(model: Transformer, folder: str) -> Any:
+  """Variables of a published folder, in the model's own dtype."""
+  published, c = read_published_config(folder), model.cfg
+  ignored = []
+  if not c.num_nextn_predict_layers:
+    for k in range(published.num_nextn_predict_layers):
+      ignored.append(f"model.layers.{published.num_hidden_layers + k}.")
+    published = dataclasses.replace(published, num_nextn_predict_layers=0)
+  saved = files.to_json(plain(dataclasses.asdict(published)))
+  for name in ("param_dtype", "n_vocab_used"):  # of no weight's meaning
+    del saved[name]
+  check_same_model(folder, saved, c)
+  wanted = shapes(model)
+  return PublishedWeights(folder, c, wanted, ignored=ignored).load(wanted)
 
 
 def check_same_model(

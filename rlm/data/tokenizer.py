@@ -375,7 +375,7 @@ def _is_control(token: dict) -> bool:
   return token["special"] or (content.startswith("<") and content.endswith(">"))
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
   """The characters that byte-level BPE writes bytes with -> the byte.
 
   Printable Latin-1 stands for itself; the other 68 bytes follow from U+0100.
@@ -387,7 +387,7 @@ def _byte_alphabet() -> dict[str, int]:
   }
 
 
-_BYTE_OF = _byte_alphabet()
+_BYTE_OF = byte_alphabet()
 
 
 def _from_unicode(token: str) -> bytes:

@@ -64,7 +64,9 @@ def generate(
       unknown id or does not fit the context together with its completion.
   """
   c = model.cfg
-  longest = max((len(prompt) for prompt in prompts), default=0)
+  if not prompts:
+    raise ValueError("no prompts: give at least one.")
+  longest = max(len(prompt) for prompt in prompts)
   if longest + max_new_tokens > c.max_position_embeddings:
     raise ValueError(
       f"the longest prompt has {longest} tokens, which with {max_new_tokens=}"
@@ -84,7 +86,7 @@ def generate(
     ),
     slots=_slots(len(prompts), devices),
     prompt_length=min(
-      bucket_length(longest), c.max_position_embeddings - max_new_tokens
+      bucket_length(max(longest, 1)), c.max_position_embeddings - max_new_tokens
     ),
     devices=devices,
     eos_token=None,

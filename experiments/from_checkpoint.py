@@ -1,0 +1,68 @@
+"""What a config leaves to the folder that its run starts from.
+
+`config.model` may hold only the fields that the run decides for itself, such as
+dtype and remat; those that `config.init_from` settles are read there. So one
+config fine-tunes any published model: `--config.init_from=DIR`.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from rlm import files
+from rlm.config import plain
+
+
+def fill_model(c: Any) -> Any:
+  """A config with the whole of `model`, and `tokenizer` where it is None.
+
+  Args:
+    c: of an experiment; with or without `init_from`.
+
+  Returns:
+    `c` itself where nothing is left out; else a plain copy, filled.
+
+  Raises:
+    ValueError: something is left out and init_from is no model's folder.
+  """
+  from rlm.data.tokenizer import load_tokenizer
+  from rlm.models.config import ModelConfig
+
+  values = plain(c)
+  given, source = values.get("model"), values.get("init_from")
+  if source is None or not isinstance(given, dict):
+    return c
+  needed = [
+    f.name
+    for f in dataclasses.fields(ModelConfig)
+    if f.default is dataclasses.MISSING
+  ]
+  if set(needed) <= set(given) and values.get("tokenizer") is not None:
+    return c
+  config_file = pathlib.Path(source) / "config.json"
+  if not config_file.is_file():
+    raise ValueError(
+      f"config.model leaves {', '.join(n for n in needed if n not in given)} to"
+      f" config.init_from={source!r}, which holds no config.json. Name the"
+      " folder of a published model or of a run."
+    )
+  saved = files.read_json(config_file)
+  if "model_type" in saved:
+    model, tokenizer = _published(source), source
+  else:
+    model, tokenizer = saved.get("model", {}), saved.get("tokenizer")
+  if values.get("tokenizer") is None:
+    values["tokenizer"] = tokenizer
+  if "n_vocab_used" not in given and values["tokenizer"] is not None:
+    # Published sizes count rows; the head is masked to the ids in use.
+    used = load_tokenizer(values["tokenizer"]).n_vocab_used
+    model = model | {"n_vocab_used": used}
+  values["model"] = model | given
+  return values
+
+
+def _published(folder: str) -> dict[str, Any]:
+  """The section of a published folder."""
+  from rlm.models.published_config import read_published_config
+
+  return plain(dataclasses.asdict(read_published_config(folder)))

@@ -1,0 +1,319 @@
+"""Published folders in and out again: bit for bit, and after a kill."""
+
+import dataclasses
+import json
+import pathlib
+import signal
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from rlm import files
+from rlm.checkpoint import convert, fp8
+from rlm.checkpoint.initial import initial_variables
+from rlm.checkpoint.load import load_checkpoint
+from rlm.checkpoint.manager import CheckpointManager
+from rlm.checkpoint.tensor_files import open_tensors
+from rlm.data.byte_tokenizer_files import write_byte_tokenizer
+from rlm.models.published_config import read_published_config
+from tests.parity import cases
+from tests.tiny_model import tiny_config, tiny_model
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+MTP = cases.CONFIGS["deepseek_v3"] | {"num_nextn_predict_layers": 1}
+ALL = cases.CONFIGS | {"mtp": MTP}
+
+
+def publish(folder, config, dtype=np.float32):
+  """A published folder, its weights stored in `dtype`."""
+  weights = cases.make_weights(config, seed=0)
+  stored = {
+    name: w if name.endswith("correction_bias") else w.astype(dtype)
+    for name, w in weights.items()
+  }
+  kind = "float32" if dtype == np.float32 else "bfloat16"
+  cases.write_folder(folder, config | {"torch_dtype": kind}, stored)
+  write_byte_tokenizer(folder)
+  files.write_json(folder / "generation_config.json", {"temperature": 0.6})
+  return stored
+
+
+def held(folder):
+  tensors = open_tensors(folder)
+  return {name: tensors.read(name) for name in tensors.names()}
+
+
+def assert_same(found, expected):
+  assert sorted(found) == sorted(expected)
+  for name, array in expected.items():
+    assert found[name].dtype == array.dtype, name
+    np.testing.assert_array_equal(
+      found[name].view(np.uint8), array.view(np.uint8), err_msg=name
+    )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_in_and_out_is_bit_equal(tmp_path, name):
+  dtype = ml_dtypes.bfloat16 if name != "llama" else np.float32
+  stored = publish(tmp_path / "in", ALL[name], dtype)
+  convert.import_published(tmp_path / "in", tmp_path / "ours")
+  convert.export_checkpoint(tmp_path / "ours", tmp_path / "out")
+  if name == "mtp":  # published files repeat these
+    layer = "model.layers.2."
+    stored[layer + "embed_tokens.weight"] = stored["model.embed_tokens.weight"]
+    stored[layer + "shared_head.head.weight"] = stored["lm_head.weight"]
+  assert_same(held(tmp_path / "out"), stored)
+  before, after = (
+    read_published_config(tmp_path / folder) for folder in ("in", "out")
+  )
+  assert before == after
+  for file in (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "generation_config.json",
+  ):
+    same = (tmp_path / "in" / file).read_bytes()
+    assert (tmp_path / "out" / file).read_bytes() == same
+
+
+def publish_fp8(folder):
+  config = MTP | dict(hidden_size=136, intermediate_size=264)
+  config["quantization_config"] = dict(
+    quant_method="fp8", fmt="e4m3", weight_block_size=[128, 128]
+  )
+  stored = {}
+  rng = np.random.default_rng(0)
+  for name, w in cases.make_weights(config, seed=0).items():
+    if not name.endswith(("_proj.weight", "_mqa.weight")):
+      kept = name.endswith("correction_bias")
+      stored[name] = w if kept else w.astype(ml_dtypes.bfloat16)
+    elif name.endswith("eh_proj.weight"):
+      stored[name] = w.astype(ml_dtypes.bfloat16)
+    else:
+      # Scales as training left them, not those of this amax.
+      blocks, scale = fp8.quantize(w)
+      scale = scale * rng.uniform(1, 2, scale.shape).astype(np.float32)
+      stored[name], stored[name + "_scale_inv"] = blocks, scale
+  cases.write_folder(folder, config | {"torch_dtype": "bfloat16"}, stored)
+  return stored
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_untouched_fp8_keeps_its_blocks_and_scales(tmp_path, dtype):
+  stored = publish_fp8(tmp_path / "in")
+  convert.import_published(tmp_path / "in", tmp_path / "ours", dtype=dtype)
+  convert.export_checkpoint(tmp_path / "ours", tmp_path / "out")
+  found = held(tmp_path / "out")
+  assert_same({name: found[name] for name in stored}, stored)
+  extra = set(found) - set(stored)
+  assert extra == {
+    "model.layers.2.embed_tokens.weight",
+    "model.layers.2.shared_head.head.weight",
+  }
+  written = files.read_json(tmp_path / "out" / "config.json")
+  assert written["quantization_config"]["quant_method"] == "fp8"
+
+
+def test_a_touched_weight_is_quantised_anew_and_no_other(tmp_path):
+  stored = publish_fp8(tmp_path / "in")
+  convert.import_published(tmp_path / "in", tmp_path / "ours")
+  touched = "model.layers.0.mlp.up_proj.weight"
+  _, variables = load_checkpoint(tmp_path / "ours")
+  ffn = variables["params"]["dense_layers"]["ffn"]
+  ffn["up_proj"] = ffn["up_proj"].at[0, 0, 0].add(1)
+  again = tmp_path / "again"
+  again.mkdir()
+  for name in ("config.json", "summary.json"):
+    files.write_bytes(again / name, (tmp_path / "ours" / name).read_bytes())
+  (tmp_path / "ours" / "published").rename(again / "published")
+  with CheckpointManager(again / "checkpoints", keep=1) as manager:
+    manager.save(0, {"variables": variables})
+  convert.export_checkpoint(again, tmp_path / "out")
+  found = held(tmp_path / "out")
+  w = np.asarray(ffn["up_proj"][0].T)
+  blocks, scale = fp8.quantize(w)
+  changed = {touched: blocks, touched + "_scale_inv": scale}
+  expected = stored | changed
+  assert_same({name: found[name] for name in expected}, expected)
+
+
+def test_published_to_published_in_another_dtype(tmp_path):
+  stored = publish(tmp_path / "in", MTP)
+  convert.export_checkpoint(
+    tmp_path / "in", tmp_path / "half", stored="bfloat16", max_shard_bytes=20000
+  )
+  assert (tmp_path / "half" / "model.safetensors.index.json").is_file()
+  found = held(tmp_path / "half")
+  for name, w in stored.items():
+    kept = name.endswith("correction_bias")
+    expected = w if kept else w.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(found[name], expected)
+  convert.export_checkpoint(tmp_path / "in", tmp_path / "fp8", stored="fp8")
+  config = files.read_json(tmp_path / "fp8" / "config.json")
+  assert config["quantization_config"] == {
+    "quant_method": "fp8",
+    "fmt": "e4m3",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [128, 128],
+  }
+  found = held(tmp_path / "fp8")
+  quantized = {n for n in found if n + "_scale_inv" in found}
+  assert "model.layers.2.mlp.experts.0.up_proj.weight" in quantized
+  for name in (
+    "lm_head.weight",
+    "model.embed_tokens.weight",
+    "model.layers.1.mlp.gate.weight",
+    "model.layers.2.eh_proj.weight",
+    "model.norm.weight",
+  ):
+    assert found[name].dtype == ml_dtypes.bfloat16
+
+
+COMMAND = [sys.executable, "-m", "tools.convert_checkpoint"]
+
+
+def run(*arguments, **options):
+  return subprocess.run(
+    [*COMMAND, *arguments],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=120,
+    **options,
+  )
+
+
+_KILLED = """
+import os, signal, sys
+from rlm import files
+from rlm.checkpoint import convert
+convert._MARK_BYTES = 0
+done, at = [], int(sys.argv.pop())
+def report(*_):
+  done.append(1)
+  if len(done) == at:
+    os.kill(os.getpid(), signal.SIGKILL)
+convert.import_published(*sys.argv[1:], on_read=report)
+"""
+
+
+@pytest.mark.parametrize("at", [1, pytest.param(40, marks=pytest.mark.full)])
+def test_an_interrupted_conversion_continues(tmp_path, at, monkeypatch):
+  config = cases.CONFIGS["deepseek_v3"]
+  publish(tmp_path / "in", config)
+  ours = tmp_path / "ours"
+  paths = [str(tmp_path / "in"), str(ours)]
+  done = subprocess.run(
+    [sys.executable, "-c", _KILLED, *paths, str(at)], cwd=ROOT, timeout=120
+  )
+  assert done.returncode == -signal.SIGKILL
+  marks = list((ours / ".converting").glob("*.done"))
+  assert marks
+  read = []
+  original = convert.PublishedWeights.read
+
+  def counted(self, name, index=()):
+    read.append(name)
+    return original(self, name, index)
+
+  monkeypatch.setattr(convert.PublishedWeights, "read", counted)
+  convert.import_published(*paths)
+  assert len(read) < len(cases.tensor_shapes(config))  # not from the start
+  assert not (ours / ".converting").exists()
+  convert.import_published(tmp_path / "in", tmp_path / "whole")
+  (_, a), (_, b) = load_checkpoint(ours), load_checkpoint(tmp_path / "whole")
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  read.clear()
+  convert.import_published(*paths)  # finished: nothing is read
+  assert not read
+
+
+def test_another_conversion_is_not_mixed_in(tmp_path):
+  publish(tmp_path / "in", cases.CONFIGS["qwen2"])
+  convert.import_published(tmp_path / "in", tmp_path / "ours")
+  with pytest.raises(ValueError, match="holds another model, or the same from"):
+    convert.import_published(
+      tmp_path / "in", tmp_path / "ours", dtype="bfloat16"
+    )
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "notes").write_text("mine")
+  with pytest.raises(ValueError, match="full is not empty"):
+    convert.import_published(tmp_path / "in", tmp_path / "full")
+
+
+def test_the_command(tmp_path):
+  publish(tmp_path / "in", cases.CONFIGS["qwen3"])
+  paths = ["--input", str(tmp_path / "in"), "--output", str(tmp_path / "ours")]
+  done = run(*paths, "--format=rlm", "--dtype=fp8")
+  assert done.returncode == 1
+  assert "--dtype=fp8 goes with --format=hf" in done.stderr
+  done = run(*paths, "--format=rlm", "--dtype=bfloat16")
+  assert done.returncode == 0, done.stderr
+  model, variables = load_checkpoint(tmp_path / "ours")
+  assert model.cfg.param_dtype == "bfloat16"
+  assert {x.dtype for x in jax.tree.leaves(variables)} == {jnp.bfloat16.dtype}
+
+
+def test_what_cannot_be_read_is_said_without_a_traceback(tmp_path):
+  done = run(
+    f"--input={tmp_path}", f"--output={tmp_path / 'out'}", "--format=rlm"
+  )
+  assert done.returncode == 1
+  assert done.stderr.startswith("error: there is no file"), done.stderr
+
+
+def test_a_run_of_ours_goes_out_with_its_tokenizer(tmp_path):
+  cfg = tiny_config(vocab_size=272, n_vocab_used=268)
+  _, variables = tiny_model(vocab_size=272, n_vocab_used=268)
+  run_folder = tmp_path / "run"
+  run_folder.mkdir()
+  files.write_json(
+    run_folder / "config.json",
+    {"model": dataclasses.asdict(cfg), "tokenizer": "bytes"},
+  )
+  with CheckpointManager(run_folder / "checkpoints", keep=1) as manager:
+    manager.save(3, {"variables": variables})
+  convert.export_checkpoint(run_folder, tmp_path / "out")
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["eos_token_id"] == 257
+  assert config["n_vocab_used"] == 268
+  assert (tmp_path / "out" / "chat_template.jinja").is_file()
+  model, again = load_checkpoint(tmp_path / "out")
+  assert model.cfg.n_vocab_used == 268
+  jax.tree.map(np.testing.assert_array_equal, again, variables)
+
+
+def test_a_run_starts_from_a_published_folder(tmp_path):
+  publish(tmp_path / "in", MTP)
+  model, variables = load_checkpoint(tmp_path / "in")
+  started = initial_variables(model, str(tmp_path / "in"), jax.random.key(0))
+  jax.tree.map(np.testing.assert_array_equal, started, variables)
+  # Without MTP too; and a difference that matters is told.
+  alone = type(model)(
+    dataclasses.replace(model.cfg, num_nextn_predict_layers=0)
+  )
+  started = initial_variables(alone, str(tmp_path / "in"), jax.random.key(0))
+  assert "mtp_modules" not in started["params"]
+  other = type(model)(dataclasses.replace(model.cfg, rope_theta=11.0))
+  with pytest.raises(ValueError, match="rope_theta"):
+    initial_variables(other, str(tmp_path / "in"), jax.random.key(0))
+
+
+def test_nothing_final_is_left_by_an_export_that_fails(tmp_path):
+  config = cases.CONFIGS["qwen2"]
+  weights = cases.make_weights(config, seed=0)
+  weights["model.norm.weight"][0] = np.nan
+  cases.write_folder(tmp_path / "in", config, weights)
+  weights["model.layers.0.mlp.up_proj.weight"][0, 0] = np.inf
+  cases.write_folder(tmp_path / "in", config, weights)
+  with pytest.raises(ValueError, match="not finite"):
+    convert.export_checkpoint(tmp_path / "in", tmp_path / "out", stored="fp8")
+  assert not list((tmp_path / "out").glob("*.safetensors*"))
+  assert safetensors.numpy.load_file(tmp_path / "in" / "model.safetensors")
