@@ -4,9 +4,11 @@ import ast
 import dataclasses
 import functools
 import importlib
+import json
 import pathlib
 import re
 import runpy
+import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +16,13 @@ import ml_collections
 import pytest
 
 from experiments import r1, rl, study
+from experiments.from_checkpoint import fill_model
 from rlm.config import build
+from rlm.data.byte_tokenizer_files import write_byte_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
 from rlm.tasks.registry import make_task
+from tests.parity.cases import CONFIGS
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FILES = [
@@ -41,6 +46,9 @@ def typed_configs(file: str) -> list:
   """The config as its experiment reads it, and those of a recipe's stages."""
   config = runpy.run_path(str(ROOT / file))["get_config"]()
   assert isinstance(config, ml_collections.ConfigDict)
+  if "vocab_size" not in config.get("model", {"vocab_size": 0}):
+    config.init_from = published_folder()
+    config = fill_model(config)
   module = importlib.import_module(f"experiments.{experiment_of(file)}")
   typed = build(module.Config, config)
   recipes = []
@@ -56,6 +64,19 @@ def typed_configs(file: str) -> list:
     for name in recipe.order
   ]
   return [typed, *(build(stage.Config, c) for stage, c in stages)]
+
+
+@functools.cache
+def published_folder() -> str:
+  """A model's folder for the configs that leave the sizes to one."""
+  folder = pathlib.Path(tempfile.mkdtemp())
+  fields = CONFIGS["qwen2"] | {
+    "vocab_size": 272,
+    "max_position_embeddings": 8192,
+  }
+  (folder / "config.json").write_text(json.dumps(fields))
+  write_byte_tokenizer(folder)
+  return str(folder)
 
 
 def sections_of(section, name: str = ""):

@@ -22,6 +22,15 @@ hypothesis.settings.register_profile("rlm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rlm")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """Where tests run in several processes, those that share stay together."""
+  for item in items:
+    shared = {"recipes", "whole"} & set(item.fixturenames)
+    group = "recipes" if shared else str(item.path)
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(autouse=True)
 def environment_as_found():
   """Launching a run sets variables that the next test's children would see."""

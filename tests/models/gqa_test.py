@@ -1,4 +1,4 @@
-"""Grouped-query attention as a module; parity with transformers is elsewhere."""
+"""Grouped-query attention as a module, apart from parity with others."""
 
 import dataclasses
 

@@ -1,0 +1,102 @@
+"""Runs that take their model from a published folder."""
+
+import json
+import pathlib
+import runpy
+
+import jax
+import numpy as np
+import pytest
+
+from experiments import rl, sft
+from experiments.from_checkpoint import fill_model
+from rlm import files
+from rlm.checkpoint.convert import export_checkpoint
+from rlm.checkpoint.load import load_checkpoint
+from rlm.checkpoint.manager import restore_variables
+from rlm.data.byte_tokenizer_files import write_byte_tokenizer
+from tests.parity import cases
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+FIELDS = cases.CONFIGS["qwen2"] | {
+  "vocab_size": 272,
+  "num_hidden_layers": 1,
+  "max_position_embeddings": 192,
+}
+
+
+@pytest.fixture
+def published(tmp_path):
+  folder = tmp_path / "published"
+  cases.write_folder(folder, FIELDS, cases.make_weights(FIELDS, seed=0))
+  write_byte_tokenizer(folder)
+  return folder
+
+
+def config_of(file, published, **changes):
+  c = runpy.run_path(str(ROOT / file))["get_config"]()
+  c.init_from = str(published)
+  with c.unlocked():
+    c.update_from_flattened_dict(changes)
+  return c
+
+
+def test_fine_tuning_in_and_out_again(tmp_path, published):
+  lines = tmp_path / "conversations.jsonl"
+  answer = {"role": "assistant", "content": "<think>a</think>b"}
+  turn = {"messages": [{"role": "user", "content": "1+1?"}, answer]}
+  lines.write_text((json.dumps(turn) + "\n") * 40)
+  changes = {
+    "data.sources.traces.path": str(lines),
+    "data.row_length": 32,
+    "data.heldout_rows": 2,
+    "batch.rows": 2,
+    "batch.first_rows": 2,
+    "eval.batch_rows": 2,
+    "steps": 2,
+    "model.attention_chunk": 0,
+    "model.logits_chunk": 0,
+    "model.remat": "none",
+    "model.dtype": "float32",
+    "peak_flops": 1e12,
+  }
+  c = config_of("configs/sft/published.py", published, **changes)
+  sft.run(c, str(tmp_path / "run"))
+  saved = files.read_json(tmp_path / "run" / "config.json")
+  assert saved["model"]["num_key_value_heads"] == 2
+  assert saved["model"]["n_vocab_used"] == 268
+  assert saved["tokenizer"] == str(published)
+  before = load_checkpoint(published)[1]
+  after = restore_variables(tmp_path / "run" / "checkpoints")
+  steps = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
+  # Two steps of at most 5e-6 away from the published weights: it began there.
+  assert 0 < max(jax.tree.leaves(steps)) < 2e-5
+  export_checkpoint(tmp_path / "run", tmp_path / "out")
+  again = load_checkpoint(tmp_path / "out")[1]
+  jax.tree.map(np.testing.assert_array_equal, again, after)
+  tokenizer = (published / "tokenizer.json").read_bytes()
+  assert (tmp_path / "out" / "tokenizer.json").read_bytes() == tokenizer
+
+
+def test_rl_could_begin(tmp_path, published, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  changes = {"sampling.max_new_tokens": 64, "prompt_length": 128}
+  c = fill_model(config_of("configs/rl/published.py", published, **changes))
+  rl.check_inputs(rl.build(rl.Config, c), pending=tmp_path)
+
+
+def test_what_is_given_wins_and_nothing_else_changes(published):
+  c = config_of("configs/sft/published.py", published)
+  filled = fill_model(c)
+  assert filled["model"]["remat"] == "block"
+  assert filled["model"]["hidden_size"] == 32
+  assert {
+    k: v for k, v in filled.items() if k not in ("model", "tokenizer")
+  } == {k: v for k, v in c.to_dict().items() if k not in ("model", "tokenizer")}
+  assert fill_model(filled) is filled
+
+
+def test_a_folder_without_model_is_told(tmp_path):
+  c = config_of("configs/sft/published.py", tmp_path)
+  with pytest.raises(ValueError, match="leaves vocab_size, .*no config.json"):
+    fill_model(c)
