@@ -118,7 +118,7 @@ def _config(cfg, stored: Stored, original) -> dict[str, Any]:
   config = write_published_config(cfg)
   config["torch_dtype"] = "float32" if stored == "float32" else "bfloat16"
   for name, value in (original or {}).items():
-    if name in INERT and name != "quantization_config":
+    if name in INERT:
       config.setdefault(name, value)
   if stored == "fp8":
     kept = (original or {}).get("quantization_config")

@@ -16,7 +16,14 @@ from typing import Any
 
 from rlm.config import build, did_you_mean
 from rlm.models.config import Llama3Scaling, ModelConfig, YarnScaling
-from rlm.models.published_families import FAMILIES, FIXED, INERT, ROPE, Family
+from rlm.models.published_families import (
+  FAMILIES,
+  FIXED,
+  INERT,
+  QUANTIZATION,
+  ROPE,
+  Family,
+)
 from rlm.models.rope import rope_magnitude, yarn_mscale
 
 # How it is computed, which no config.json says.
@@ -110,6 +117,7 @@ def _check_known(fields: dict[str, Any], family: Family) -> None:
     *ROPE,
     *INERT,
     *("model_type", "dtype", "torch_dtype", "n_vocab_used", "eos_token_id"),
+    "quantization_config",
   }
   unknown = [name for name in fields if name not in known]
   if unknown:
@@ -121,6 +129,13 @@ def _check_known(fields: dict[str, Any], family: Family) -> None:
       f" {', '.join((*family.fields, *family.derived))}, and inert ones."
       " Remove a field that changes nothing."
     )
+  stored = fields.get("quantization_config") or {}
+  for name, allowed in QUANTIZATION.items():
+    if name in stored and stored[name] not in allowed:
+      raise ValueError(
+        f"quantization_config.{name}={stored[name]!r} is not supported;"
+        f" supported: {', '.join(map(repr, allowed))}."
+      )
   for name, allowed in FIXED.items():
     if name in fields and fields[name] not in allowed:
       raise ValueError(

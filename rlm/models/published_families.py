@@ -32,7 +32,6 @@ INERT = {
   "seq_aux": "the training config's",
   "sliding_window": "off unless use_sliding_window",
   "max_window_layers": "off unless use_sliding_window",
-  "quantization_config": "how the weights are stored; their reader's",
   "attn_factor": "transformers ignores it too",
 }
 
@@ -59,6 +58,13 @@ _LATENT = (
   *("n_routed_experts", "num_experts_per_tok", "n_shared_experts"),
   *("norm_topk_prob", "routed_scaling_factor"),
 )
+# How weights may be stored; fields beside these do not concern reading.
+QUANTIZATION = {
+  "quant_method": ("fp8",),
+  "fmt": ("e4m3",),
+  "weight_block_size": ([128, 128],),
+  "scale_fmt": (None, "ue8m0", "float"),
+}
 ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 

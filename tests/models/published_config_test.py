@@ -107,6 +107,14 @@ YARN = V3["rope_scaling"]
     (dict(rope_scaling=dict(YARN, mscale=0)), "one of mscale and mscale_all_"),
     (dict(rope_scaling=dict(YARN, betafast=1)), "unknown key 'betafast'; did"),
     (dict(rope_scaling=dict(YARN, truncate=False)), "truncate is not suppo"),
+    (
+      dict(quantization_config=dict(quant_method="awq")),
+      "quantization_config.quant_method='awq' is not supp.*: 'fp8'",
+    ),
+    (
+      dict(quantization_config=dict(weight_block_size=[32, 32])),
+      r"weight_block_size=\[32, 32\] is not supported",
+    ),
     (dict(hidden_size="32"), "hidden_size: expected int"),
   ],
 )
