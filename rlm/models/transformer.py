@@ -159,6 +159,31 @@ class Transformer(nn.Module):
       segment_ids = jnp.ones_like(tokens)
     return _logits(self, variables, tokens, jnp.asarray(segment_ids))
 
+  def states(self, tokens, positions, segment_ids):
+    """The residual stream after every layer, for analysis.
+
+    `model.apply(variables, x, method=lambda m, x: m.final_norm(x))` and the
+    head turn a state into logits, as if it were the last.
+
+    Args:
+      tokens: int32 [B, T].
+      positions: int32 [B, T], within each segment.
+      segment_ids: int32 [B, T]; 0 is padding.
+
+    Returns:
+      states: cfg.dtype [L, B, T, D], before the final norm.
+      routing: Routing of the MoE layers, as `__call__` gives it.
+    """
+    rotations = self._rotations(positions)
+
+    def body(block, x, ids):
+      x, (_, routing) = block(x, rotations, positions, segment_ids, ids)
+      return x, (x, routing)
+
+    x = self.embed(tokens)
+    _, states, routing = self._layers(x, body, body, None, None)
+    return states, routing
+
   def mtp(self, hidden, tokens, positions, segment_ids):
     """States that predict the tokens after the next; V3 eq. 21-23.
 
