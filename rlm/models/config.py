@@ -1,8 +1,10 @@
 """The sizes of a model, under the names of the published config.json."""
 
 import dataclasses
+import os
 import typing
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 # What the shapes of one layer depend on is checked here, once, so that no
 # impossible size reaches a tracer.
@@ -198,6 +200,20 @@ class ModelConfig:
   qkv_bias: bool = False
   qk_norm: bool = False
   eos_token_id: tuple[int, ...] = ()
+
+  @classmethod
+  def from_hf(
+    cls,
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    dtype: str | None = None,
+    param_dtype: str | None = None,
+  ) -> "ModelConfig":
+    """The config of a published config.json; see `read_published_config`."""
+    # Below in the file tree, above in the imports: it makes ModelConfigs.
+    from rlm.models.published_config import read_published_config
+
+    return read_published_config(source, dtype=dtype, param_dtype=param_dtype)
 
   @property
   def has_latent_attention(self) -> bool:

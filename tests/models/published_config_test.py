@@ -6,7 +6,7 @@ import json
 import pytest
 
 from rlm.flops import count_parameters
-from rlm.models.config import Llama3Scaling, YarnScaling
+from rlm.models.config import Llama3Scaling, ModelConfig, YarnScaling
 from rlm.models.published_config import (
   read_published_config,
   write_published_config,
@@ -29,7 +29,8 @@ def test_what_is_written_is_read_as_what_it_was(name):
 
 
 def test_fields_of_latent_attention():
-  cfg = read_published_config(V3)
+  cfg = ModelConfig.from_hf(V3)
+  assert cfg == read_published_config(V3)
   assert cfg.has_latent_attention
   assert (cfg.scoring_func, cfg.topk_method) == ("sigmoid", "noaux_tc")
   assert cfg.n_vocab_used == cfg.vocab_size == 40
