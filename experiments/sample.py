@@ -1,37 +1,50 @@
-r"""Chats in the terminal with the model that a run trained.
+r"""Chats in the terminal with a model: one that a run trained, or a published.
 
   python -m experiments.sample --workdir=runs/quickstart
   python -m experiments.sample --workdir=runs/quickstart --stage=rl \
     --prompt='e89d51c71b77?' --temperature=0
+  python -m experiments.sample --checkpoint=DeepSeek-R1-Distill-Qwen-1.5B
+  python -m experiments.sample --checkpoint=DeepSeek-R1-Distill-Qwen-1.5B \
+    --prompts=questions.jsonl --output=answers.jsonl
 
-The folder is one run's, or a recipe's with its stages. Every line typed is a
-conversation of its own, asked as in training; at the start an example of what
-the model was trained on is shown. The answer streams in, its thinking dimmed.
-A problem of the training task is checked by rule, also if you made it up. An
-empty line draws another example, Ctrl-C stops an answer, Ctrl-D ends.
+--workdir is a run's folder, or a recipe's with its stages. Every line typed is
+a conversation of its own, asked as in training; at the start an example of what
+the model was trained on is shown. A problem of the training task is checked by
+rule, also if you made it up. An empty line draws another example. The example
+above is the recipe's: 8577 + 9117 in columns named e, d, c and b, each with its
+two digits; the answer 17694 reads f1e7d6c9b4.
 
-The example above is the recipe's: 8577 + 9117 in columns named e, d, c and b,
-each with its two digits; the answer 17694 reads f1e7d6c9b4.
+--checkpoint is a published model's folder (config.json with model_type,
+safetensors, tokenizer.json), one that tools/convert_checkpoint.py made, or a
+run's. Nothing is downloaded. What is typed goes on with the conversation, by
+the model's own chat template; /new starts another one. A base model, which has
+no template, continues each line as text.
+
+In both the answer streams in, its thinking dimmed; Ctrl-C stops an answer,
+Ctrl-D ends.
+
+--prompts answers the lines of a file, each an object with one of "prompt",
+"messages" or "prompt_ids". Each line of --output is that object with
+"completion", "completion_ids", "thinking", "answer" and "finish_reason" ("stop"
+or "length"). Lines are written in order as they are done: the same command
+continues after an interruption, and the file ends the same to the bit.
+FILE.jsonl.settings.json beside it says what it was made with.
 """
 
-import contextlib
-import dataclasses
 import pathlib
-import signal
 import sys
-from collections.abc import Iterable, Iterator
-from typing import Any
 
 from absl import flags
 
-from experiments import launch
-from rlm import files
-from rlm.config import build, did_you_mean
-from rlm.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
-from rlm.report.text import visible
-from rlm.tasks.base import Problem, Task
+from experiments import launch, sample_batch, sample_checkpoint
+from experiments.sample_run import Chat, converse, find_run, show_answer
+from experiments.terminal import interruptible, offer_history
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.generation_config import GenerationConfig
 
-TOKENS_PER_CALL = 4  # decoded before they are shown: 1 would stream slower
+# Flags that mean something with one of the kinds of folder only.
+_OF_RUNS = ("stage",)
+_OF_CHECKPOINTS = ("dtype", "output", "prompts", "slots", "system")
 
 
 def define_flags() -> flags.FlagValues:
@@ -43,343 +56,130 @@ def define_flags() -> flags.FlagValues:
 
   define("string", "workdir", None, "Folder of a run, or of a recipe.")
   define("string", "stage", None, "Stage of a recipe; default: its last one.")
+  define("string", "checkpoint", None, "Folder of a model: published, or ours.")
+  define("string", "dtype", None, "float32 or bfloat16; default: the folder's.")
+  define("string", "system", None, "System message of the conversation.")
   define("string", "prompt", None, "Answer this once, and exit.")
-  define("float", "temperature", 0.6, "0 takes the likeliest token each time.")
-  define("float", "top_p", 0.95, "Probability kept at each token, in (0, 1].")
-  define("integer", "top_k", 0, "Tokens kept at each step; 0 keeps all.")
-  define("integer", "max_new_tokens", 1024, "Longest answer in tokens.")
+  define("string", "prompts", None, "File of prompts, one JSON object a line.")
+  define("string", "output", None, "File to write their completions to.")
+  define("integer", "slots", 16, "Completions of --prompts decoded together.")
+  define(
+    *("float", "temperature", None),
+    "0 takes the likeliest token each time. Default: generation_config.json's,"
+    " else 0.6.",
+  )
+  define(
+    *("float", "top_p", None),
+    "Probability kept at each token, in (0, 1]. Default: likewise, else 0.95.",
+  )
+  define(
+    *("integer", "top_k", None),
+    "Tokens kept at each step; 0 keeps all. Default: likewise, else 0.",
+  )
+  define(
+    *("integer", "max_new_tokens", None),
+    "Longest answer in tokens; the context ends it in any case. Default: 1024"
+    " with --workdir, 4096 with --checkpoint.",
+  )
   define("integer", "seed", 0, "The same seed and prompts, the same answers.")
   return values
 
 
-def find_run(workdir: str, stage: str | None) -> pathlib.Path:
-  """The folder of the run whose model answers.
-
-  Args:
-    workdir: folder of a run, or of a recipe whose stages are runs.
-    stage: of a recipe; None is the last that has a checkpoint.
-
-  Raises:
-    ValueError: there is no such folder, stage or checkpoint.
-  """
-  root = pathlib.Path(workdir)
-  if not root.is_dir():
-    raise ValueError(f"--workdir={workdir}: there is no such folder.")
-  if not (root / "config.json").is_file():
+def check_flags(values: flags.FlagValues) -> None:
+  """Refuses what does not go together; nothing is imported or read for it."""
+  if values.workdir and values.checkpoint:
     raise ValueError(
-      f"--workdir={workdir}: it holds no config.json, so it is no run's folder."
+      "--workdir and --checkpoint both name a model: give one of them."
     )
-  config = files.read_json(root / "config.json")
-  if "order" not in config:
-    if stage is not None:
+  if not values.workdir and not values.checkpoint:
+    raise ValueError(
+      "--workdir is missing: name the folder of a run, such as"
+      " --workdir=runs/quickstart, or a model's with --checkpoint."
+    )
+  kind = "workdir" if values.workdir else "checkpoint"
+  for name in _OF_CHECKPOINTS if values.workdir else _OF_RUNS:
+    if values[name].present:
+      raise ValueError(f"--{name} does not go with --{kind}. Leave it out.")
+  if values.prompt is not None and not values.prompt.strip():
+    raise ValueError("--prompt is empty: give it a text.")
+  if values.dtype not in (None, "float32", "bfloat16"):
+    raise ValueError(
+      f"--dtype={values.dtype} is not one of float32 and bfloat16."
+    )
+  if values.checkpoint:
+    if not pathlib.Path(values.checkpoint, "config.json").is_file():
       raise ValueError(
-        f"--stage={stage}: {workdir} is one run, without stages. Leave --stage"
+        f"--checkpoint={values.checkpoint}: there is no such folder with a"
+        " config.json in it."
+      )
+    if not 0 <= values.seed < 1 << 32:
+      raise ValueError(f"--seed={values.seed} must lie in 0..4294967295.")
+  make_sampling(values, GenerationConfig())
+  _check_batch_flags(values)
+
+
+def _check_batch_flags(values: flags.FlagValues) -> None:
+  if bool(values.prompts) != bool(values.output):
+    raise ValueError("--prompts and --output go together: give both files.")
+  if not values.prompts:
+    if values["slots"].present:
+      raise ValueError("--slots goes with --prompts. Leave it out.")
+    return
+  for name in ("prompt", "system"):
+    if values[name].present:
+      raise ValueError(
+        f"--{name} does not go with --prompts, whose lines say all. Leave it"
         " out."
       )
-    if not _has_checkpoint(root):
-      raise ValueError(
-        f"--workdir={workdir}: it holds no checkpoint yet. Let the run save one"
-        " first."
-      )
-    return root
-  trained = [name for name in config["order"] if _has_checkpoint(root / name)]
-  if not trained:
-    raise ValueError(
-      f"--workdir={workdir}: none of its stages {', '.join(config['order'])}"
-      " has a checkpoint yet. Let the recipe run first."
-    )
-  if stage is None:
-    return root / trained[-1]
-  if stage not in trained:
-    raise ValueError(
-      f"--stage={stage}: no such stage with a checkpoint in {workdir}"
-      f"{did_you_mean(stage, trained)} It has {', '.join(trained)}."
-    )
-  return root / stage
+  if values.slots < 1:
+    raise ValueError(f"--slots={values.slots} must be at least 1.")
+  if not pathlib.Path(values.prompts).is_file():
+    raise ValueError(f"--prompts={values.prompts}: there is no such file.")
+  output = pathlib.Path(values.output)
+  if output.is_dir():
+    raise ValueError(f"--output={output} is a folder. Name a file in it.")
+  if output.exists() and output.samefile(values.prompts):
+    raise ValueError(f"--output={output} is the file of --prompts.")
 
 
-def _has_checkpoint(folder: pathlib.Path) -> bool:
-  checkpoints = folder / "checkpoints"
-  return checkpoints.is_dir() and any(
-    path.name.isdecimal() for path in checkpoints.iterdir()
+def make_sampling(
+  values: flags.FlagValues, defaults: GenerationConfig
+) -> SamplingConfig:
+  """How to draw, by the flags and what holds where they are not given."""
+
+  def given(name, default):
+    value = getattr(values, name)
+    return default if value is None else value
+
+  return SamplingConfig(
+    temperature=given("temperature", defaults.temperature),
+    top_p=given("top_p", defaults.top_p),
+    top_k=given("top_k", defaults.top_k),
+    max_new_tokens=given("max_new_tokens", 1024 if values.workdir else 4096),
   )
 
 
-def task_of(config: dict[str, Any]) -> Task | None:
-  """The problems that a run was trained on, by its config.json; or None."""
-  from rlm.tasks.registry import make_task
-
-  sections = []
-  if "task" in config:
-    sections.append(config["task"])
-  if "tasks" in config:
-    sections += config["tasks"].values()
-  return make_task(sections[0]) if sections else None
-
-
-def example_problem(task: Task, config: dict[str, Any], index: int) -> Problem:
-  """A problem that the model has not seen, of a level that it was shown.
-
-  Args:
-    task: the family.
-    config: the run's; the middle one of all `levels` in it is taken.
-    index: which one.
-  """
-  shown = sorted(set(_levels(config)) & set(task.levels)) or task.levels
-  split = "heldout" if task.heldout_fraction else "train"
-  return task.problem(0, index, shown[len(shown) // 2], split)
-
-
-def _levels(value: Any) -> Iterator[int]:
-  """What every key `levels` of a nested config lists."""
-  if not isinstance(value, dict):
-    return
-  for key, item in value.items():
-    if key == "levels":
-      yield from item
-    else:
-      yield from _levels(item)
-
-
-def styled(
-  tokenizer: Tokenizer, tokens: Iterable[int]
-) -> Iterator[tuple[str, str]]:
-  """Pieces of a completion to show, safe for a terminal, and their styles.
-
-  Args:
-    tokenizer: spells the tokens.
-    tokens: of the completion; the end of sequence is left out.
-
-  Yields:
-    (text, style): "dim" for markers and thinking, "" for the rest.
-  """
-  stream, thinking = StreamDecoder(tokenizer), False
-  for token in tokens:
-    if not tokenizer.is_special(token):
-      yield visible(stream.push(token)), "dim" if thinking else ""
-      continue
-    yield visible(stream.finish()), "dim" if thinking else ""
-    if token != tokenizer.eos_id:
-      yield tokenizer.decode([token]), "dim"
-    thinking = token == tokenizer.think_id
-  yield visible(stream.finish()), "dim" if thinking else ""
-
-
-def verdict(
-  task: Task | None, prompt: str, completion: str, finished: bool
-) -> str:
-  """What the task's rule says of a completion; "" if it states no problem.
-
-  Args:
-    task: the training task, or None.
-    prompt: what was asked.
-    completion: what came back, without the end of sequence.
-    finished: whether it ended by itself.
-  """
-  from rlm.rewards.answers import parse_response
-
-  problem = task.problem_of(prompt) if task is not None else None
-  if task is None or problem is None:
-    return ""
-  expected = f"; right is {problem.answer}" if problem.answer else ""
-  response = parse_response(completion)
-  if not finished or not response.well_formed:
-    return f"no answer in the format{expected}"
-  if not task.verify(problem, response.answer):
-    return f"wrong{expected}"
-  if not task.has_worked_solutions:
-    return "right"
-  steps = task.check_steps(problem, response.thinking)
-  return "right, and so are the steps" if steps else "right, by wrong steps"
-
-
-class Chat:
-  """A trained model that answers prompts.
-
-  Attributes:
-    folder: of the run.
-    config: its config.json.
-    tokenizer: its tokenizer.
-    task: what it was trained on, or None.
-  """
-
-  def __init__(self, folder: pathlib.Path, values: flags.FlagValues):
-    """Reads the weights; nothing is compiled yet.
-
-    Raises:
-      ValueError: the folder is no training run, or a setting is bad.
-    """
-    from rlm.models.config import ModelConfig
-    from rlm.models.transformer import Transformer
-    from rlm.sampling.config import SamplingConfig
-
-    self.folder = folder
-    self.config = files.read_json(folder / "config.json")
-    for key in ("model", "tokenizer"):
-      if key not in self.config:
-        raise ValueError(
-          f"{folder / 'config.json'} has no {key!r}: it is no training run."
-        )
-    self.sampling = SamplingConfig(
-      temperature=values.temperature,
-      top_k=values.top_k,
-      top_p=values.top_p,
-      max_new_tokens=values.max_new_tokens,
-    )
-    self.tokenizer = load_tokenizer(self.config["tokenizer"])
-    self.task = task_of(self.config)
-    self._model = Transformer(build(ModelConfig, self.config["model"], "model"))
-    self._seed = values.seed
-    self._variables = None
-    self._samplers: dict[int, Any] = {}
-
-  def answer(self, prompt: str, turn: int) -> Iterator[int]:
-    """Yields the tokens that answer a prompt.
-
-    Args:
-      prompt: the user's text.
-      turn: how many prompts came before; draws differ from turn to turn.
-
-    Raises:
-      ValueError: the prompt does not fit the context.
-    """
-    import jax
-
-    from rlm.checkpoint.manager import restore_variables
-    from rlm.data.chat import encode_prompt
-
-    tokens = encode_prompt(self.tokenizer, prompt)
-    sampler = self._sampler(len(tokens))
-    if self._variables is None:
-      self._variables = restore_variables(self.folder / "checkpoints")
-    key = jax.random.fold_in(jax.random.key(self._seed), turn)
-    for part in sampler.stream(self._variables, tokens, key):
-      yield from part
-
-  def _sampler(self, length: int) -> Any:
-    """The sampler for prompts of this length, compiled once for near ones."""
-    from rlm.sampling.sampler import Sampler, bucket_length
-
-    context = self._model.cfg.max_position_embeddings
-    if length >= context:
-      raise ValueError(
-        f"the prompt has {length} tokens with its markers; the model's context"
-        f" of {context} has no room to answer. Shorten the prompt."
-      )
-    room = min(bucket_length(length), context - 1)
-    if room not in self._samplers:
-      longest = min(self.sampling.max_new_tokens, context - room)
-      self._samplers[room] = Sampler(
-        self._model,
-        dataclasses.replace(self.sampling, max_new_tokens=longest),
-        slots=1,
-        prompt_length=room,
-        devices=1,
-        eos_token=self.tokenizer.eos_id,
-        pad_token=self.tokenizer.pad_id,
-        steps_per_call=TOKENS_PER_CALL,
-      )
-    return self._samplers[room]
-
-
-def show_answer(chat: Chat, prompt: str, turn: int, console: Any) -> None:
-  """Streams one answer and what the task's rule says of it."""
-  from rich.text import Text
-
-  tokens: list[int] = []
-
-  def noted() -> Iterator[int]:
-    for token in chat.answer(prompt, turn):
-      tokens.append(token)
-      yield token
-
-  for text, style in styled(chat.tokenizer, noted()):
-    console.print(Text(text, style), end="", soft_wrap=True)
-    console.file.flush()
-  console.print()
-  finished = tokens[-1] == chat.tokenizer.eos_id
-  if not finished:
-    note(console, f"(cut after {len(tokens)} tokens)")
-  completion = chat.tokenizer.decode(tokens[:-1] if finished else tokens)
-  if said := verdict(chat.task, prompt, completion, finished):
-    note(console, f"({said})")
-
-
-def note(console: Any, text: str) -> None:
-  """Prints a line that is not the model's."""
-  from rich.text import Text
-
-  console.print(Text(visible(text), "italic"), soft_wrap=True)
-
-
-def converse(chat: Chat, console: Any) -> None:
-  """Reads prompts and answers them until the input ends."""
-  note(console, f"{chat.folder} answers. Ctrl-D ends.")
-  turn = examples = 0
-  show_example(chat, examples, console)
-  while (prompt := _ask(console)) is not None:
-    if not prompt:
-      examples += 1
-      show_example(chat, examples, console)
-      continue
-    try:
-      show_answer(chat, prompt, turn, console)
-    except KeyboardInterrupt:
-      note(console, "(stopped)")
-    except ValueError as error:
-      note(console, f"error: {error}")
-    turn += 1
-
-
-def _ask(console: Any) -> str | None:
-  """A line typed; None at the end of the input, or on Ctrl-C."""
-  try:
-    return input("> ").strip()
-  except (EOFError, KeyboardInterrupt):
-    console.print()
-    return None
-
-
-def show_example(chat: Chat, index: int, console: Any) -> None:
-  """Prints a prompt such as the model was trained on, if that is known."""
-  if chat.task is not None:
-    problem = example_problem(chat.task, chat.config, index)
-    note(console, f"It learned such as: {problem.prompt}")
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[None]:
-  """Ctrl-C and SIGTERM end things at once: a chat has nothing to save."""
-  on_interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
-  on_terminate = signal.signal(signal.SIGTERM, signal.SIG_DFL)
-  try:
-    yield
-  finally:
-    signal.signal(signal.SIGINT, on_interrupt)
-    signal.signal(signal.SIGTERM, on_terminate)
-
-
 def body(values: flags.FlagValues) -> None:
-  """Answers once, or converses."""
-  if not values.workdir:
-    raise ValueError(
-      "--workdir is missing: name the folder of a run, such as"
-      " --workdir=runs/quickstart."
-    )
-  if values.prompt is not None and not values.prompt.strip():
-    raise ValueError("--prompt is empty: give it a text.")
+  """Answers once, converses, or answers a file."""
+  check_flags(values)
+  if values.prompts:
+    sample_batch.run(values, make_sampling)
+    return
+  if values.checkpoint:
+    sample_checkpoint.run(values, make_sampling)
+    return
   folder = find_run(values.workdir, values.stage)
   launch.keep_compiled(values.workdir)
   from rich.console import Console
 
   console = Console(highlight=False)
   with interruptible():
-    chat = Chat(folder, values)
+    sampling = make_sampling(values, GenerationConfig())
+    chat = Chat(folder, sampling, values.seed)
     if values.prompt is not None:
       show_answer(chat, values.prompt, 0, console)
       return
-    with contextlib.suppress(ImportError):
-      import readline  # noqa: F401  (arrow keys and history in input())
+    offer_history()
     converse(chat, console)
 
 

@@ -130,11 +130,11 @@ def _check_known(fields: dict[str, Any], family: Family) -> None:
       " Remove a field that changes nothing."
     )
   stored = fields.get("quantization_config") or {}
-  for name, allowed in QUANTIZATION.items():
-    if name in stored and stored[name] not in allowed:
+  for name, choices in QUANTIZATION.items():
+    if name in stored and stored[name] not in choices:
       raise ValueError(
         f"quantization_config.{name}={stored[name]!r} is not supported;"
-        f" supported: {', '.join(map(repr, allowed))}."
+        f" supported: {', '.join(map(repr, choices))}."
       )
   for name, allowed in FIXED.items():
     if name in fields and fields[name] not in allowed:

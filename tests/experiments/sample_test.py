@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments import launch, sample
+from experiments import launch, sample, sample_run
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.data.chat import encode_prompt, encode_response
 from rlm.data.tokenizer import ByteTokenizer
@@ -88,9 +88,9 @@ def typed(monkeypatch, *lines):
 
 
 def test_the_last_stage_with_weights_or_the_one_asked_for(recipe):
-  assert sample.find_run(recipe, None) == recipe / "rl"
-  assert sample.find_run(recipe, "pretrain") == recipe / "pretrain"
-  assert sample.find_run(recipe / "rl", None) == recipe / "rl"
+  assert sample_run.find_run(recipe, None) == recipe / "rl"
+  assert sample_run.find_run(recipe, "pretrain") == recipe / "pretrain"
+  assert sample_run.find_run(recipe / "rl", None) == recipe / "rl"
 
 
 def test_folders_that_cannot_answer(recipe, tmp_path):
@@ -108,7 +108,7 @@ def test_folders_that_cannot_answer(recipe, tmp_path):
     (recipe / "rl", "rl", "is one run, without stages. Leave --stage out"),
   ):
     with pytest.raises(ValueError, match=message):
-      sample.find_run(str(workdir), stage)
+      sample_run.find_run(str(workdir), stage)
 
 
 def test_help_and_mistakes_do_not_import_jax(tmp_path):
@@ -151,7 +151,7 @@ def merged(pieces):
 
 def test_thinking_is_dimmed_and_the_answer_is_not():
   tokens = encode_response(TOKENIZER, "2+2=4 é", "4")
-  assert merged(sample.styled(TOKENIZER, tokens)) == [
+  assert merged(sample_run.styled(TOKENIZER, tokens)) == [
     ("<think>2+2=4 é</think><answer>", "dim"),
     ("4", ""),
     ("</answer>", "dim"),
@@ -160,15 +160,15 @@ def test_thinking_is_dimmed_and_the_answer_is_not():
 
 def test_control_characters_are_spelt_out():
   text = "\x1b[31mred\r\x07\u202eabc\n\tkept"
-  shown = merged(sample.styled(TOKENIZER, TOKENIZER.encode(text)))
+  shown = merged(sample_run.styled(TOKENIZER, TOKENIZER.encode(text)))
   assert shown == [("\\x1b[31mred\\x0d\\x07\\u202eabc\n\tkept", "")]
 
 
 def test_half_a_character_is_shown_when_it_is_cut():
   tokens = TOKENIZER.encode("aé")[:-1]
-  assert merged(sample.styled(TOKENIZER, tokens)) == [("a\ufffd", "")]
+  assert merged(sample_run.styled(TOKENIZER, tokens)) == [("a\ufffd", "")]
   tokens = [*tokens, TOKENIZER.end_think_id]
-  assert merged(sample.styled(TOKENIZER, tokens)) == [
+  assert merged(sample_run.styled(TOKENIZER, tokens)) == [
     ("a\ufffd", ""),
     ("</think>", "dim"),
   ]
@@ -188,21 +188,21 @@ def test_half_a_character_is_shown_when_it_is_cut():
 def test_the_verdict(prompt, thinking, answer, finished, expected):
   task = make_task(TASK)
   text = f"<think>{thinking}</think><answer>{answer}</answer>"
-  said = sample.verdict(task, prompt, text, finished)
+  said = sample_run.verdict(task, prompt, text, finished)
   assert said.startswith(expected) and bool(said) == bool(expected)
-  assert sample.verdict(None, prompt, text, finished) == ""
+  assert sample_run.verdict(None, prompt, text, finished) == ""
 
 
 def test_an_example_is_held_out_and_of_a_level_that_was_trained():
   task = make_task(TASK)
   config = {"curriculum": {"levels": [5, 6]}, "data": {"a": {"levels": [7]}}}
   for i in range(5):
-    problem = sample.example_problem(task, config, i)
+    problem = sample_run.example_problem(task, config, i)
     assert problem.level == 6
     assert task.is_heldout(problem)
-  assert sample.example_problem(task, {}, 0).level in task.levels
+  assert sample_run.example_problem(task, {}, 0).level in task.levels
   everything = make_task({**TASK, "heldout_fraction": 0.0})
-  assert sample.example_problem(everything, config, 0).level == 6
+  assert sample_run.example_problem(everything, config, 0).level == 6
 
 
 def test_one_prompt_is_answered_and_checked(recipe, monkeypatch, capsys):
@@ -226,7 +226,7 @@ def test_one_prompt_is_answered_and_checked(recipe, monkeypatch, capsys):
     variables, [tokens], jax.random.split(jax.random.key(0), 1)
   )
   tokens = drawn.tokens[0, : drawn.lengths[0]].tolist()
-  shown = "".join(text for text, _ in sample.styled(TOKENIZER, tokens))
+  shown = "".join(text for text, _ in sample_run.styled(TOKENIZER, tokens))
   flat = "".join(out.split())
   assert flat.startswith("".join(shown.split()))
   # 13 + 24 = 37.
@@ -254,7 +254,7 @@ def test_ctrl_c_stops_an_answer_and_then_the_chat(recipe, monkeypatch, capsys):
     yield TOKENIZER.think_id
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(sample.Chat, "answer", interrupted)
+  monkeypatch.setattr(sample_run.Chat, "answer", interrupted)
   typed(monkeypatch, "Hello?", KeyboardInterrupt())
   run(monkeypatch, f"--workdir={recipe}")
   assert "<think>(stopped)" in capsys.readouterr().out
