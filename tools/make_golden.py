@@ -10,6 +10,7 @@ space; `tests/parity/live_test.py` compares them number by number. Beside lies
 versions.json. Equal versions on one machine write equal bytes.
 """
 
+import argparse
 import functools
 import json
 import pathlib
@@ -20,24 +21,24 @@ import numpy as np
 import safetensors.numpy
 import torch
 import transformers
-from absl import app, flags
 
 from tests.parity import cases
-
-_OUTPUT = flags.DEFINE_string("output", None, "Folder of the files.")
+from tests.parity.compare import drift
 
 Arrays = dict[str, np.ndarray]
 
 
-def load_model(folder: pathlib.Path) -> transformers.PreTrainedModel:
-  """The model of a published folder, strictly, float32.
+def load_model(
+  folder: pathlib.Path, dtype: torch.dtype = torch.float32
+) -> transformers.PreTrainedModel:
+  """The model of a published folder, strictly.
 
   Raises:
     ValueError: transformers misses a tensor, or has no place for one.
   """
   model, report = transformers.AutoModelForCausalLM.from_pretrained(
     folder,
-    dtype=torch.float32,
+    dtype=dtype,
     output_loading_info=True,
     # Eager, since it alone returns the attention; it also defines the others.
     attn_implementation="eager",
@@ -80,15 +81,32 @@ def run_batch(model, name: str) -> tuple[Arrays, Arrays]:
   model.zero_grad()
   loss.backward()
   outputs = {"logits": _numpy(logits), "loss": _numpy(loss)}
-  return outputs, _gradients(model)
+  return outputs, gradients_of(model)
+
+
+@torch.no_grad()
+def bfloat16_drift(folder: pathlib.Path, logits: np.ndarray) -> np.ndarray:
+  """How far bfloat16 moves transformers itself, as `compare.drift`."""
+  model = load_model(folder, torch.bfloat16)
+  batch = cases.make_batch(cases.BATCHES["padded"])
+  mask = batch["segment_ids"] != 0
+  found = model(
+    torch.from_numpy(batch["tokens"]).long(),
+    attention_mask=torch.from_numpy(mask).long(),
+    position_ids=torch.from_numpy(batch["positions"]).long(),
+  )
+  return drift(_numpy(found.logits.float())[mask], logits[mask])
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:
   return tensor.detach().numpy().copy()
 
 
-def _gradients(model) -> Arrays:
-  """By published name: transformers joins the experts, and their two gates."""
+def gradients_of(model) -> Arrays:
+  """Of the last `backward`, by published name.
+
+  transformers joins the experts, and two matrices of each.
+  """
   found: Arrays = {}
   for name, parameter in model.named_parameters():
     # A parameter that nothing reached has the gradient 0.
@@ -163,7 +181,7 @@ def run_model(folder: pathlib.Path) -> tuple[Arrays, dict[str, Arrays]]:
   """Everything that a file holds but the sketches, and whole gradients.
 
   Args:
-    folder: of `cases.write_folder`.
+    folder: of `cases.write_case`.
 
   Returns:
     Arrays by the names of the file; per batch, gradients by published name.
@@ -176,6 +194,7 @@ def run_model(folder: pathlib.Path) -> tuple[Arrays, dict[str, Arrays]]:
   for i, prompt in enumerate(cases.make_prompts()):
     found[f"greedy/{i}"], lead = decode_greedily(model, prompt)
     found[f"greedy_lead/{i}"] = np.float32(lead)
+  found["bfloat16_drift"] = bfloat16_drift(folder, found["padded/logits"])
   for name, value in run_sublayers(model).items():
     found[f"sublayers/{name}"] = value
   return {key: np.asarray(value) for key, value in found.items()}, gradients
@@ -200,30 +219,39 @@ def versions() -> dict[str, Any]:
   }
 
 
-def main(_) -> None:
+def main() -> None:
   """Writes all files."""
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  parser.add_argument("--output", required=True, metavar="DIR")
+  output = pathlib.Path(parser.parse_args().output)
   # More threads would add in another order.
   torch.set_num_threads(1)
-  output = pathlib.Path(_OUTPUT.value)
   output.mkdir(parents=True, exist_ok=True)
-  for name, config in cases.CONFIGS.items():
+  for name in cases.CONFIGS:
     with tempfile.TemporaryDirectory() as folder:
       path = pathlib.Path(folder)
-      cases.write_folder(path, config, cases.make_weights(config))
+      cases.write_case(path, name)
       found, gradients = run_model(path)
     found |= sketch_gradients(gradients)
     file = output / f"{name}.safetensors"
     file.write_bytes(safetensors.numpy.save(found))
-    logits = found["padded/logits"]
-    print(
-      f"{name}: std {logits[logits != 0].std():.2f}, attention peak"
-      f" {found['sublayers/attention_peak']:.2f}, smallest lead"
-      f" {min(found[f'greedy_lead/{i}'] for i in range(2)):.4f}"
-    )
+    print(f"{file}: {describe(found)}")
   text = json.dumps(versions(), indent=2, sort_keys=True) + "\n"
   (output / "versions.json").write_text(text)
 
 
+def describe(found: Arrays) -> str:
+  """Whether a case is able to fail, in a line."""
+  logits = found["padded/logits"]
+  lead = min(found[f"greedy_lead/{i}"] for i in range(2))
+  return (
+    f"logit std {logits[logits != 0].std():.2f}, attention peak"
+    f" {found['sublayers/attention_peak']:.2f}, smallest lead {lead:.4f},"
+    f" bfloat16 drift {found['bfloat16_drift']:.3f}"
+  )
+
+
 if __name__ == "__main__":
-  flags.mark_flag_as_required("output")
-  app.run(main)
+  main()

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import pathlib
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,30 @@ from rlm.models.rope import rope_rotations
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler, request_keys
-from tests.fast_jit import fast_jit
 from tests.models import reference
 from tests.parity import cases
+
+_jit = jax.jit
+
+
+@functools.cache
+def _compiler_options() -> dict:
+  """Compiling is most of what these tests do: half of fast_jit's time.
+
+  Newer compilers know the second option no more.
+  """
+  options = {"xla_backend_optimization_level": 0}
+  quick = {**options, "xla_cpu_use_fusion_emitters": False}
+  try:
+    _jit(lambda: 0, compiler_options=quick)()
+  except jax.errors.JaxRuntimeError:
+    return options
+  return quick
+
+
+def quick_jit(function, **settings):
+  """`jax.jit` whose backend spends no time on optimising."""
+  return _jit(function, compiler_options=_compiler_options(), **settings)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -32,22 +54,20 @@ class Ours:
   variables: dict
 
   @classmethod
-  def load(cls, folder: pathlib.Path) -> "Ours":
+  def load(cls, folder: pathlib.Path, dtype: str = "float32") -> "Ours":
     """Through the path that users take."""
-    cfg = read_published_config(folder)
+    cfg = read_published_config(folder, dtype=dtype, param_dtype=dtype)
     model = Transformer(cfg)
     weights = PublishedWeights(folder, cfg, shapes(model))
     return cls(model, weights.load(shapes(model)))
 
   def run_batch(self, name: str):
     """As tools/make_golden.py: outputs, and gradients by published name."""
-    batch = cases.make_batch(cases.BATCHES[name])
-    batch["loss_mask"] = np.ones(batch["tokens"].shape, bool)
-    batch = global_weights(batch, mtp_depth=0)
+    batch = global_weights(make_batch(name), mtp_depth=0)
     loss, logits, gradients = self._differentiate(self.variables, batch)
     logits = np.where(batch["segment_ids"][..., None] != 0, logits, 0)
     outputs = {"logits": logits, "loss": np.asarray(loss)}
-    return outputs, self._published(gradients)
+    return outputs, self.published(gradients)
 
   @functools.cached_property
   def _differentiate(self):
@@ -65,9 +85,9 @@ class Ours:
       (loss, logits), gradients = grad(variables["params"], variables, batch)
       return loss, logits, gradients
 
-    return fast_jit(run)
+    return quick_jit(run)
 
-  def _published(self, gradients):
+  def published(self, gradients):
     """A tree like `params` -> published name -> array as published."""
     tensors = published_tensors(self.model.cfg, {"params": gradients})
     found = {}
@@ -78,26 +98,30 @@ class Ours:
         found[tensor.name] = value.T if tensor.transposed else value
     return found
 
-  def decode_greedily(self) -> list[np.ndarray]:
-    """int32 [NEW_TOKENS] of each prompt, through the cache.
+  def decode_greedily(self, eos_token: int) -> list[np.ndarray]:
+    """The completion of each prompt, through the cache; int32 [n].
 
     The prompts are one batch, padded to the longer one.
+
+    Args:
+      eos_token: ends a completion before its NEW_TOKENS tokens.
     """
-    # Any end would do that no reference reaches; `run` gives what was made.
-    sampler = Sampler(
-      self.model,
-      SamplingConfig(
-        temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=cases.NEW_TOKENS
-      ),
-      slots=2,
-      prompt_length=max(cases.PROMPT_LENGTHS),
-      devices=1,
-      eos_token=self.model.cfg.vocab_size - 1,
-      pad_token=0,
+    sampling = SamplingConfig(
+      temperature=0.0, top_k=0, top_p=1.0, max_new_tokens=cases.NEW_TOKENS
     )
     prompts = cases.make_prompts()
     keys = request_keys(jax.random.key(0), len(prompts))
-    done = sampler.generate(self.variables, prompts, keys)
+    with mock.patch.object(jax, "jit", quick_jit):
+      sampler = Sampler(
+        self.model,
+        sampling,
+        slots=2,
+        prompt_length=max(cases.PROMPT_LENGTHS),
+        devices=1,
+        eos_token=eos_token,
+        pad_token=0,
+      )
+      done = sampler.generate(self.variables, prompts, keys)
     return [
       tokens[:length]
       for tokens, length in zip(done.tokens, done.lengths, strict=True)
@@ -110,13 +134,14 @@ class Ours:
       golden: outputs of the reference's sublayers; see make_golden.py.
 
     Returns:
-      The same names, and `<layer>.block` on the layer's input; from its
-      cache, `<layer>.decode` is the attention of the last token alone.
+      The same names; `<layer>.block` on the layer's input; `<layer>.decode`,
+      the attention of the last token from the cache of the others (absorbed, if
+      it is latent); and the table `embed`.
     """
     params, c = self.variables["params"], self.model.cfg
     tokens = cases.make_batch(cases.BATCHES["padded"])["tokens"][0]
-    x = np.asarray(params["embed"]["embedding"])[tokens]
-    found = {}
+    embedding = np.asarray(params["embed"]["embedding"])
+    x, found = embedding[tokens], {"embed": embedding}
     for i in range(c.num_hidden_layers):
       kind, at = "dense_layers", i
       if i >= c.first_k_dense_replace:
@@ -138,6 +163,12 @@ class Ours:
       x = x + golden[f"{i}.attn"] + golden[f"{i}.ffn"]
     norm = RMSNorm(c).apply({"params": params["final_norm"]}, x)
     return {**found, "final_norm": np.asarray(norm)}
+
+
+def make_batch(name: str) -> dict[str, np.ndarray]:
+  """One of `cases.BATCHES`, whose every token is a target."""
+  batch = cases.make_batch(cases.BATCHES[name])
+  return {**batch, "loss_mask": np.ones(batch["tokens"].shape, bool)}
 
 
 def forward(model: Transformer, variables, batch) -> jax.Array:
@@ -187,4 +218,4 @@ def _run_block(cfg, routed):
 
     return block.apply(variables, method=parts)
 
-  return fast_jit(run)
+  return quick_jit(run)
