@@ -46,7 +46,7 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Trains the student, or continues; returns the summary."""
-  c = fill_model(c)
+  c = fill_model(c, workdir)
   cfg = build(Config, c)
   check(cfg)
   return pretrain.train(cfg, c, workdir, console)

@@ -13,11 +13,13 @@ from rlm import files
 from rlm.config import plain
 
 
-def fill_model(c: Any) -> Any:
+def fill_model(c: Any, workdir: str) -> Any:
   """A config with the whole of `model`, and `tokenizer` where it is None.
 
   Args:
     c: of an experiment; with or without `init_from`.
+    workdir: of the run; where it has begun, its config.json has what was
+      filled in then, and `init_from` is not looked at again.
 
   Returns:
     `c` itself where nothing is left out; else a plain copy, filled.
@@ -25,6 +27,7 @@ def fill_model(c: Any) -> Any:
   Raises:
     ValueError: something is left out and init_from is no model's folder.
   """
+  from rlm.checkpoint.convert import PUBLISHED
   from rlm.data.tokenizer import load_tokenizer
   from rlm.models.config import ModelConfig
 
@@ -39,6 +42,13 @@ def fill_model(c: Any) -> Any:
   ]
   if set(needed) <= set(given) and values.get("tokenizer") is not None:
     return c
+  begun = pathlib.Path(workdir) / "config.json"
+  if begun.is_file():
+    saved = files.read_json(begun)
+    if values.get("tokenizer") is None:
+      values["tokenizer"] = saved.get("tokenizer")
+    values["model"] = saved.get("model", {}) | given
+    return values
   config_file = pathlib.Path(source) / "config.json"
   if not config_file.is_file():
     raise ValueError(
@@ -51,9 +61,16 @@ def fill_model(c: Any) -> Any:
     model, tokenizer = _published(source), source
   else:
     model, tokenizer = saved.get("model", {}), saved.get("tokenizer")
+    if tokenizer is None and "converted_from" in saved:
+      tokenizer = str(pathlib.Path(source) / PUBLISHED)
   if values.get("tokenizer") is None:
     values["tokenizer"] = tokenizer
-  if "n_vocab_used" not in given and values["tokenizer"] is not None:
+  if values["tokenizer"] is None:
+    raise ValueError(
+      f"config.tokenizer is None, and config.init_from={source!r} has none."
+      ' Name a folder with a tokenizer.json, or "bytes".'
+    )
+  if "n_vocab_used" not in given:
     # Published sizes count rows; the head is masked to the ids in use.
     used = load_tokenizer(values["tokenizer"]).n_vocab_used
     model = model | {"n_vocab_used": used}

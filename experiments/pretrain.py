@@ -271,7 +271,7 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Trains, or continues the run in `workdir`; returns its summary."""
-  c = fill_model(c)
+  c = fill_model(c, workdir)
   return train(build(Config, c), c, workdir, console)
 
 

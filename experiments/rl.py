@@ -188,7 +188,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.workdir import open_workdir
 
   # --- Config: every mistake is met here, before anything is compiled. -------
-  c = fill_model(c)
+  c = fill_model(c, workdir)
   cfg = build(Config, c)
   launch.check_one_process()
   task, scorer, tokenizer, sampler = prepare(cfg)

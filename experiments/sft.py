@@ -49,7 +49,7 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   """Fine-tunes, or continues the run in `workdir`; returns its summary."""
-  c = fill_model(c)
+  c = fill_model(c, workdir)
   cfg = build(Config, c)
   check(cfg)
   return pretrain.train(cfg, c, workdir, console)

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rlm.losses import Aux, Batch, LossFn
+from rlm.models.quantized import refuse_quantized
 from rlm.models.transformer import update_router
 
 TrainStep = Callable[
@@ -54,8 +55,12 @@ def init_state(
     variables: Flax collections of the model.
     tx: the optimizer that the step will use.
     ema_decay: None for no EMA; else the decay that the step will use.
+
+  Raises:
+    ValueError: the parameters are int8.
   """
   params = variables["params"]
+  refuse_quantized(params)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     variables=variables,

@@ -48,7 +48,7 @@ def typed_configs(file: str) -> list:
   assert isinstance(config, ml_collections.ConfigDict)
   if "vocab_size" not in config.get("model", {"vocab_size": 0}):
     config.init_from = published_folder()
-    config = fill_model(config)
+    config = fill_model(config, "unused")
   module = importlib.import_module(f"experiments.{experiment_of(file)}")
   typed = build(module.Config, config)
   recipes = []

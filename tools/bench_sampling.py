@@ -17,9 +17,11 @@ machine.
 
 import argparse
 import dataclasses
+import functools
 import os
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -40,15 +42,21 @@ def random_prompts(cfg: ModelConfig, rows: int, length: int) -> np.ndarray:
 
 
 def rlm_generate(
-  cfg: ModelConfig, prompts: np.ndarray, new_tokens: int, *, devices: int
+  cfg: ModelConfig,
+  prompts: np.ndarray,
+  new_tokens: int,
+  *,
+  devices: int,
+  variables: Any = None,
 ) -> Callable[[], None]:
-  """A function that completes all prompts once."""
+  """A function that completes all prompts once; None is random variables."""
   model = Transformer(cfg)
   rows, length = prompts.shape
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), prompts.shape)
-  variables = jax.jit(model.init)(
-    jax.random.key(0), prompts, positions, np.ones_like(prompts)
-  )
+  if variables is None:
+    variables = jax.jit(model.init)(
+      jax.random.key(0), prompts, positions, np.ones_like(prompts)
+    )
   sampling = SamplingConfig(
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=new_tokens
   )
@@ -73,12 +81,23 @@ def rlm_generate(
 
 
 def torch_generate(
-  cfg: ModelConfig, prompts: np.ndarray, new_tokens: int, *, rounds: int
+  cfg: ModelConfig,
+  prompts: np.ndarray,
+  new_tokens: int,
+  *,
+  rounds: int,
+  make_model: Callable | None = None,
 ) -> tuple[Callable[[], None], dict[str, object]]:
-  """The same with transformers, in the fastest variant for these shapes."""
+  """The same with transformers, in the fastest variant for these shapes.
+
+  `make_model` makes it of a Variant; None is a random DeepseekV3.
+  """
   import torch
 
   from tools import torch_deepseek
+
+  if make_model is None:
+    make_model = functools.partial(torch_deepseek.make_model, cfg)
 
   ids = torch.from_numpy(prompts.astype(np.int64))
 
@@ -121,7 +140,7 @@ def torch_generate(
   made, unusable = {}, {}
   for variant in torch_deepseek.VARIANTS:
     for precision, (dtype, autocast) in precisions.items():
-      model = torch_deepseek.make_model(cfg, variant).to(dtype).eval()
+      model = make_model(variant).to(dtype).eval()
       for way, complete in ways.items():
         name = f"{variant},{precision},{way}"
 

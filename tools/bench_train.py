@@ -15,10 +15,12 @@ alternate; the ratio is that of the medians. Run it on an idle machine.
 
 import argparse
 import dataclasses
+import functools
 import os
 import runpy
 import statistics
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -66,8 +68,12 @@ def rlm_steps(
   microbatch_rows: int,
   *,
   devices: int,
+  variables: Any = None,
 ) -> tuple[Callable[[], None], int]:
-  """A function that takes `steps` training steps, and the parameter count."""
+  """A function that takes `steps` training steps, and the parameter count.
+
+  They start from `variables`, or from random ones.
+  """
   model, tx = Transformer(cfg), make_optimizer(ADAMW)
   rows, length = tokens.shape
   positions = np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape)
@@ -89,9 +95,10 @@ def rlm_steps(
   batch["mtp_weight"] = np.float32(0.3)
   batch["learning_rate"] = np.float32(LEARNING_RATE)
   batch["bias_update_rate"] = np.float32(1e-3)
-  variables = jax.jit(model.init)(
-    jax.random.key(0), tokens, positions, np.ones_like(tokens)
-  )
+  if variables is None:
+    variables = jax.jit(model.init)(
+      jax.random.key(0), tokens, positions, np.ones_like(tokens)
+    )
   mesh = data_mesh(devices, "--devices")
   on_all = NamedSharding(mesh, PartitionSpec())
   step = jax.jit(
@@ -122,17 +129,28 @@ def rlm_steps(
 
 
 def torch_steps(
-  cfg: ModelConfig, tokens: np.ndarray, steps: int, *, rounds: int
+  cfg: ModelConfig,
+  tokens: np.ndarray,
+  steps: int,
+  *,
+  rounds: int,
+  make_model: Callable | None = None,
 ) -> tuple[Callable[[], None], int, dict[str, object]]:
-  """The same with transformers, in the fastest variant for these shapes."""
+  """The same with transformers, in the fastest variant for these shapes.
+
+  `make_model` makes it of a Variant; None is a random DeepseekV3.
+  """
   import torch
 
   from tools import torch_deepseek
 
+  if make_model is None:
+    make_model = functools.partial(torch_deepseek.make_model, cfg)
+
   ids = torch.from_numpy(tokens.astype(np.int64))
 
   def make(variant):
-    model = torch_deepseek.make_model(cfg, variant).train()
+    model = make_model(variant).train()
     optimizer = torch.optim.AdamW(
       model.parameters(),
       lr=LEARNING_RATE,

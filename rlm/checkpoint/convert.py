@@ -5,8 +5,9 @@ checkpoints/ and summary.json, so that every experiment can start from it. What
 came with the model (config.json, tokenizer, generation config, FP8 scales)
 lies in `published/` and goes out with it again.
 
-A leaf is gathered in a file, tensor by tensor, so that neither memory nor an
-interruption matters: the same command continues after the last whole tensor.
+A leaf is gathered in a file, tensor by tensor: interrupted, the same command
+continues after the last tensors that were whole. Orbax then holds the model in
+memory once while it saves, as an export of a converted one does.
 """
 
 import dataclasses
@@ -18,11 +19,11 @@ from typing import Any
 
 import jax
 import numpy as np
-import safetensors.numpy
 
 from rlm import files
 from rlm.checkpoint.export import (
   CARRIED_FILES,
+  CARRIED_FOLDERS,
   SHARD_BYTES,
   Stored,
   export_published,
@@ -31,15 +32,16 @@ from rlm.checkpoint.initial import shapes
 from rlm.checkpoint.load import load_checkpoint
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.checkpoint.published import PublishedWeights
-from rlm.checkpoint.published_names import Tensor, leaf_name
+from rlm.checkpoint.published_names import Tensor, leaf_name, without_mtp
+from rlm.checkpoint.tensor_files import open_tensors
+from rlm.checkpoint.tensor_writer import TensorWriter
 from rlm.config import plain
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
-from rlm.models.config import ModelConfig
 from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
 
 PUBLISHED = "published"  # folder of what came with the model
-_SCALES = "fp8_scales.safetensors"
+_SCALES = "fp8_scales"
 _STAGE = ".converting"
 
 Report = Callable[[int, int], None]
@@ -69,11 +71,9 @@ def import_published(
   """
   source, target = pathlib.Path(source), pathlib.Path(target)
   cfg = read_published_config(source, dtype=dtype, param_dtype=dtype)
-  ignored = []
+  ignored: list[str] = []
   if not mtp:
-    first, depth = cfg.num_hidden_layers, cfg.num_nextn_predict_layers
-    ignored = [f"model.layers.{first + k}." for k in range(depth)]
-    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    cfg, ignored = without_mtp(cfg)
   wanted = shapes(Transformer(cfg))
   weights = PublishedWeights(source, cfg, wanted, ignored=ignored)
   record = {
@@ -81,19 +81,21 @@ def import_published(
     "converted_from": {"fingerprint": weights.fingerprint()},
   }
   _begin(target, record)
-  if (target / "summary.json").is_file():
-    return  # finished before
-  _carry(source, target / PUBLISHED)
+  stage, checkpoints = target / _STAGE, target / "checkpoints"
   size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(wanted))
-  files.require_free_space(target, 2 * size, "the converted weights")
-  _save_scales(weights, target / PUBLISHED / _SCALES)
-  variables = _stage(weights, wanted, target / _STAGE, on_read)
-  manager_folder = target / "checkpoints"
-  with CheckpointManager(manager_folder, keep=1) as manager:
-    if not (manager_folder / "0").exists():
-      manager.save(0, {"variables": variables})
-  files.write_json(target / "summary.json", {"steps": 0, "bytes": size})
-  shutil.rmtree(target / _STAGE)
+  if not (target / "summary.json").is_file():
+    if not (checkpoints / "0").exists():
+      weights.check_copies()
+      files.require_free_space(
+        target, 2 * size - _disk_use(stage), "the converted weights"
+      )
+      _carry(source, target / PUBLISHED)
+      _save_scales(weights, target / PUBLISHED / _SCALES)
+      variables = _stage(weights, wanted, stage, on_read)
+      with CheckpointManager(checkpoints, keep=1) as manager:
+        manager.save(0, {"variables": variables})
+    files.write_json(target / "summary.json", {"steps": 0, "bytes": size})
+  shutil.rmtree(stage, ignore_errors=True)
 
 
 def export_checkpoint(
@@ -123,6 +125,7 @@ def export_checkpoint(
     cfg = read_published_config(source)
     wanted = shapes(Transformer(cfg))
     weights = PublishedWeights(source, cfg, wanted)
+    weights.check_copies()
     scales: Mapping[str, np.ndarray] = weights.scales()
     original, carried = config, source
 
@@ -138,8 +141,9 @@ def export_checkpoint(
     carried, original, scales = source / PUBLISHED, None, {}
     if (carried / "config.json").is_file():
       original = files.read_json(carried / "config.json")
-    if (carried / _SCALES).is_file():
-      scales = safetensors.numpy.load_file(carried / _SCALES)
+    if (carried / _SCALES).is_dir():
+      held = open_tensors(carried / _SCALES)
+      scales = {name: held.read(name) for name in held.names()}
 
     def read(leaf: str, tensor: Tensor) -> np.ndarray:
       part = np.asarray(leaves[leaf][tensor.place])
@@ -150,7 +154,7 @@ def export_checkpoint(
     cfg,
     wanted,
     read,
-    stored=stored or ("fp8" if scales else _stored(cfg)),
+    stored=stored or ("fp8" if scales else cfg.param_dtype),
     original=original,
     scales=scales,
     max_shard_bytes=max_shard_bytes,
@@ -161,10 +165,14 @@ def export_checkpoint(
     write_byte_tokenizer(target)
   elif "tokenizer" in config:
     _carry(pathlib.Path(config["tokenizer"]), target, besides=("config.json",))
+  generation = target / "generation_config.json"
+  if cfg.eos_token_id and not generation.is_file():
+    files.write_json(generation, {"eos_token_id": list(cfg.eos_token_id)})
 
 
-def _stored(cfg: ModelConfig) -> Stored:
-  return cfg.param_dtype
+def _disk_use(folder: pathlib.Path) -> int:
+  """Bytes that the files of a folder take; sparse ones take less than long."""
+  return sum(path.stat().st_blocks * 512 for path in folder.glob("*"))
 
 
 def _begin(target: pathlib.Path, record: dict[str, Any]) -> None:
@@ -191,11 +199,21 @@ def _carry(
   for name in (*CARRIED_FILES, "config.json"):
     if name not in besides and (source / name).is_file():
       files.write_bytes(target / name, (source / name).read_bytes())
+  for name in CARRIED_FOLDERS:
+    if (source / name).is_dir():
+      shutil.copytree(source / name, target / name, dirs_exist_ok=True)
 
 
-def _save_scales(weights: PublishedWeights, path: pathlib.Path) -> None:
-  if scales := weights.scales():
-    files.write_bytes(path, safetensors.numpy.save(dict(scales)))
+def _save_scales(weights: PublishedWeights, folder: pathlib.Path) -> None:
+  """In the dtype that they were stored in."""
+  scales = weights.scales()
+  if not scales:
+    return
+  shutil.rmtree(folder, ignore_errors=True)  # of an interrupted conversion
+  plan = [(name, scale.dtype, scale.shape) for name, scale in scales.items()]
+  with TensorWriter(folder, plan, max_shard_bytes=SHARD_BYTES) as writer:
+    for name, scale in scales.items():
+      writer.write(name, scale)
 
 
 def _stage(

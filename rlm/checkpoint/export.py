@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -33,8 +34,10 @@ CARRIED_FILES = (
   "added_tokens.json",
   "vocab.json",
   "merges.txt",
+  "tokenizer.model",
   "chat_template.jinja",
 )
+CARRIED_FOLDERS = ("additional_chat_templates",)
 SHARD_BYTES = 5 * 10**9
 # What the published FP8 files quantise (sheet, section 4).
 _QUANTIZED = re.compile(
@@ -96,17 +99,20 @@ def export_published(
     plan.append((name, _dtype(name, stored, quantized), shape))
     if name in quantized:
       scale = tuple(-(-n // b) for n, b in zip(shape, fp8.BLOCK, strict=True))
-      plan.append((name + SCALE_SUFFIX, np.float32, scale))
+      plan.append((name + SCALE_SUFFIX, _scale_dtype(name, scales), scale))
   scale_fmt = config.get("quantization_config", {}).get("scale_fmt")
   folder = pathlib.Path(folder)
+  _refuse_other(folder, config)
   done = 0
   with TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
     files.write_json(folder / "config.json", config)
     for name in names:
       array = read(*tensors[repeated.get(name, name)])
       if name in quantized:
-        array, scales_now = _blocks(array, (scales or {}).get(name), scale_fmt)
-        writer.write(name + SCALE_SUFFIX, scales_now)
+        came_with = (scales or {}).get(name)
+        array, scale_now = _blocks(array, came_with, scale_fmt == "ue8m0")
+        scale_now = scale_now.astype(_scale_dtype(name, scales), copy=False)
+        writer.write(name + SCALE_SUFFIX, scale_now)
       array = array.astype(_dtype(name, stored, quantized), copy=False)
       writer.write(name, np.ascontiguousarray(array))
       done += array.nbytes
@@ -118,8 +124,13 @@ def _config(cfg, stored: Stored, original) -> dict[str, Any]:
   config = write_published_config(cfg)
   config["torch_dtype"] = "float32" if stored == "float32" else "bfloat16"
   for name, value in (original or {}).items():
-    if name in INERT:
+    # Code that is not in our folder would be asked for by auto_map.
+    if name in INERT and name != "auto_map":
       config.setdefault(name, value)
+  scaling = (original or {}).get("rope_scaling") or {}
+  if "attn_factor" in scaling and config["rope_scaling"]:
+    # Ignored by us and by transformers, but not by vLLM.
+    config["rope_scaling"]["attn_factor"] = scaling["attn_factor"]
   if stored == "fp8":
     kept = (original or {}).get("quantization_config")
     config["quantization_config"] = kept or {
@@ -128,9 +139,21 @@ def _config(cfg, stored: Stored, original) -> dict[str, Any]:
       "activation_scheme": "dynamic",
       "weight_block_size": list(fp8.BLOCK),
     }
-  # What we write must be what we would read.
-  read_published_config(json.loads(json.dumps(config)))
+  with warnings.catch_warnings(action="ignore"):  # told when it was read
+    # What we write must be what we would read.
+    read_published_config(json.loads(json.dumps(config)))
   return config
+
+
+def _refuse_other(folder: pathlib.Path, config: dict[str, Any]) -> None:
+  """A run's folder, or another model's, is never written over."""
+  other = (folder / "config.json").is_file() and (
+    files.read_json(folder / "config.json") != config
+  )
+  if other or (folder / "checkpoints").exists():
+    raise ValueError(
+      f"{folder} holds a run or another model. Export to a folder of its own."
+    )
 
 
 def _dtype(name: str, stored: Stored, quantized: set[str]) -> Any:
@@ -149,10 +172,16 @@ def _reading_order(name: str) -> tuple[int, str]:
   return (-1 if "embed_tokens" in name else 1 << 30), name
 
 
-def _blocks(w, scale, scale_fmt) -> tuple[np.ndarray, np.ndarray]:
+def _scale_dtype(name: str, scales) -> Any:
+  """Scales are stored again in the dtype they came in."""
+  return scales[name].dtype if scales and name in scales else np.float32
+
+
+def _blocks(w, scale, power_of_two: bool) -> tuple[np.ndarray, np.ndarray]:
   """The stored blocks of an untouched weight, new ones of another."""
   if scale is not None:
     kept = fp8.stored_blocks(w, scale)
     if kept is not None:
       return kept, scale
-  return fp8.quantize(w, scale_fmt=scale_fmt)
+    power_of_two |= scale.dtype != np.float32
+  return fp8.quantize(w, scale_fmt="ue8m0" if power_of_two else None)

@@ -14,6 +14,7 @@ import numpy as np
 from rlm import files
 from rlm.checkpoint.manager import restore_variables
 from rlm.checkpoint.published import PublishedWeights
+from rlm.checkpoint.published_names import without_mtp
 from rlm.config import plain
 from rlm.models.config import ModelConfig
 from rlm.models.published_config import read_published_config
@@ -65,7 +66,10 @@ def initial_variables(
     config = files.read_json(folder / "config.json")
     if "model_type" in config:
       return _published_variables(model, init_from)
-    check_same_model(init_from, config.get("model", {}), model.cfg)
+    saved = dict(config.get("model", {}))
+    if not model.cfg.num_nextn_predict_layers:
+      saved.pop("num_nextn_predict_layers", None)  # stays behind
+    check_same_model(init_from, saved, model.cfg)
     if not (folder / "summary.json").exists():
       warnings.warn(
         f"config.init_from={init_from!r} is a run that has not finished; this"
@@ -73,6 +77,8 @@ def initial_variables(
         stacklevel=2,
       )
   variables = restore_variables(folder / "checkpoints")
+  if not model.cfg.num_nextn_predict_layers:
+    variables = drop_mtp(variables)
   _refuse(init_from, differences(layout(variables), layout(shapes(model))))
   return variables
 
@@ -80,17 +86,23 @@ def initial_variables(
 def _published_variables(model: Transformer, folder: str) -> Any:
   """Variables of a published folder, in the model's own dtype."""
   published, c = read_published_config(folder), model.cfg
-  ignored = []
+  ignored: list[str] = []
   if not c.num_nextn_predict_layers:
-    for k in range(published.num_nextn_predict_layers):
-      ignored.append(f"model.layers.{published.num_hidden_layers + k}.")
-    published = dataclasses.replace(published, num_nextn_predict_layers=0)
+    published, ignored = without_mtp(published)
   saved = files.to_json(plain(dataclasses.asdict(published)))
   for name in ("param_dtype", "n_vocab_used"):  # of no weight's meaning
     del saved[name]
   check_same_model(folder, saved, c)
   wanted = shapes(model)
   return PublishedWeights(folder, c, wanted, ignored=ignored).load(wanted)
+
+
+def drop_mtp(variables: Any) -> Any:
+  """Variables without those of the MTP modules."""
+  return {
+    collection: {k: v for k, v in tree.items() if k != "mtp_modules"}
+    for collection, tree in variables.items()
+  }
 
 
 def check_same_model(

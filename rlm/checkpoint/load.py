@@ -8,15 +8,23 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from rlm import files
-from rlm.checkpoint.initial import layout, shapes
+from rlm.checkpoint import int8
+from rlm.checkpoint.initial import drop_mtp, layout, shapes
 from rlm.checkpoint.manager import restore_variables
 from rlm.checkpoint.published import PublishedWeights
+from rlm.checkpoint.published_names import without_mtp
 from rlm.config import build
 from rlm.data.tokenizer import load_tokenizer
 from rlm.models.config import ModelConfig
-from rlm.models.published_config import read_published_config
+from rlm.models.published_config import read_published_config, token_ids
+from rlm.models.quantized import (
+  Int8Matrix,
+  is_quantized,
+  quantized_shapes,
+)
 from rlm.models.transformer import Transformer
 
 
@@ -24,6 +32,7 @@ def load_checkpoint(
   folder: str | os.PathLike,
   *,
   dtype: str | None = None,
+  quantize: str | None = None,
   mtp: bool = True,
   shardings: Callable[[Any], Any] | None = None,
   on_read: Callable[[int, int], None] = lambda done, total: None,
@@ -38,6 +47,10 @@ def load_checkpoint(
     folder: either of them; of a recipe, one of its stages' folders.
     dtype: "float32" or "bfloat16", of parameters and activations alike; None
       keeps what the folder says.
+    quantize: "int8" keeps the matrices of attention and feed-forward, experts
+      included, as int8 with a scale per output channel (`Int8Matrix`), which
+      takes about a quarter of float32's memory; of a published folder no float
+      copy is made. For sampling and evaluation, not for training.
     mtp: False leaves the MTP modules out, which transformers does when it
       saves.
     shardings: shapes of the variables -> a tree of `jax.sharding.Sharding`;
@@ -51,6 +64,8 @@ def load_checkpoint(
     ValueError: the folder is neither, or does not hold what it says; every
       tensor that is missing, surplus, misshapen or truncated is named.
   """
+  if quantize not in (None, "int8"):
+    raise ValueError(f"{quantize=} is unknown. Choose None or 'int8'.")
   root = pathlib.Path(folder)
   if not (root / "config.json").is_file():
     raise ValueError(
@@ -59,7 +74,7 @@ def load_checkpoint(
     )
   config = files.read_json(root / "config.json")
   if "model_type" in config:
-    return _load_published(root, dtype, mtp, shardings, on_read)
+    return _load_published(root, dtype, quantize, mtp, shardings, on_read)
   if "order" in config:
     raise ValueError(
       f"{folder} is a recipe's folder. Name one of its stages:"
@@ -70,29 +85,24 @@ def load_checkpoint(
       f"{root / 'config.json'} has neither model_type, as published models"
       " have, nor model, as our training runs have."
     )
-  return _load_run(root, config, dtype, mtp, shardings)
+  return _load_run(root, config, dtype, quantize, mtp, shardings)
 
 
-def _load_published(root, dtype, mtp, shardings, on_read):
+def _load_published(root, dtype, quantize, mtp, shardings, on_read):
   cfg = read_published_config(root, dtype=dtype, param_dtype=dtype)
-  depth = cfg.num_nextn_predict_layers
   generation = root / "generation_config.json"
   if generation.is_file():
-    eos = files.read_json(generation).get("eos_token_id")
-    if eos is not None:
-      eos = tuple(eos) if isinstance(eos, list) else (eos,)
-      cfg = dataclasses.replace(cfg, eos_token_id=eos)
+    eos = token_ids(files.read_json(generation).get("eos_token_id"))
+    cfg = dataclasses.replace(cfg, eos_token_id=eos or cfg.eos_token_id)
+  ignored: list[str] = []
   if not mtp:
-    cfg = dataclasses.replace(cfg, num_nextn_predict_layers=0)
+    cfg, ignored = without_mtp(cfg)
   model = Transformer(cfg)
   weights = PublishedWeights(
     root,
     cfg,
     shapes(model),
-    ignored=[
-      f"model.layers.{cfg.num_hidden_layers + k}."
-      for k in range(depth - cfg.num_nextn_predict_layers)
-    ],
+    ignored=ignored,
   )
   done, total = 0, weights.total_bytes()
 
@@ -101,15 +111,18 @@ def _load_published(root, dtype, mtp, shardings, on_read):
     done += size
     on_read(done, total)
 
+  wanted = shapes(model)
+  if quantize:
+    wanted = quantized_shapes(wanted)
   variables = weights.load(
-    shapes(model),
-    shardings=None if shardings is None else shardings(shapes(model)),
+    wanted,
+    shardings=None if shardings is None else shardings(wanted),
     on_read=count,
   )
   return model, variables
 
 
-def _load_run(root, config, dtype, mtp, shardings):
+def _load_run(root, config, dtype, quantize, mtp, shardings):
   cfg = build(ModelConfig, config["model"], "config.model")
   changes: dict[str, Any] = {}
   if dtype is not None:
@@ -119,10 +132,7 @@ def _load_run(root, config, dtype, mtp, shardings):
   variables = restore_variables(root / "checkpoints")
   if not mtp and cfg.num_nextn_predict_layers:
     changes["num_nextn_predict_layers"] = 0
-    variables = {
-      name: {k: v for k, v in tree.items() if k != "mtp_modules"}
-      for name, tree in variables.items()
-    }
+    variables = drop_mtp(variables)
   model = Transformer(dataclasses.replace(cfg, **changes))
   wanted = shapes(model)
   names = layout(variables).keys(), layout(wanted).keys()
@@ -134,6 +144,17 @@ def _load_run(root, config, dtype, mtp, shardings):
   variables = jax.tree.map(
     lambda x, shape: jnp.asarray(x, shape.dtype), variables, wanted
   )
+  if quantize:
+    wanted = quantized_shapes(wanted)
+    variables = jax.tree.map(
+      _quantized, wanted, variables, is_leaf=is_quantized
+    )
   if shardings is not None:
     variables = jax.device_put(variables, shardings(wanted))
   return model, variables
+
+
+def _quantized(shape, x):
+  if not is_quantized(shape):
+    return x
+  return Int8Matrix(*map(jnp.asarray, int8.quantize(np.asarray(x), axis=-2)))

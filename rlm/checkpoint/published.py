@@ -1,8 +1,8 @@
 """Weights of a published folder -> our variables, tensor by tensor.
 
 No leaf is ever gathered on the host: each device's part of it is made there,
-and tensors are read, turned and cast into it one after the other. On the host
-lie one tensor as stored and one as it is handed over.
+and tensors are read, turned and cast into it one after the other, the large
+ones in blocks. On the host lie a few blocks (`tools/bench_load`).
 """
 
 import functools
@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from rlm.checkpoint import fp8
+from rlm.checkpoint import fp8, int8
+from rlm.checkpoint.leaf_parts import LeafParts, blocks, for_each
 from rlm.checkpoint.published_names import (
   Tensor,
   copies,
@@ -27,6 +27,7 @@ from rlm.checkpoint.published_names import (
 )
 from rlm.checkpoint.tensor_files import TensorFiles
 from rlm.models.config import ModelConfig
+from rlm.models.quantized import Int8Matrix, is_quantized
 
 _STORED = frozenset(
   np.dtype(t) for t in (np.float64, np.float32, np.float16, ml_dtypes.bfloat16)
@@ -128,10 +129,10 @@ class PublishedWeights:
     )
 
   def scales(self) -> dict[str, np.ndarray]:
-    """Name of each FP8 weight -> its scales, float32 [out / 128, in / 128]."""
+    """Name of each FP8 weight -> its scales [out / 128, in / 128] as stored."""
     names = [t.name for ts in self.tensors.values() for t in ts]
     return {
-      name: self.files.read(name + SCALE_SUFFIX).astype(np.float32)
+      name: self.files.read(name + SCALE_SUFFIX)
       for name in names
       if self.files.dtype(name) == _FP8
     }
@@ -157,29 +158,38 @@ class PublishedWeights:
 
     Args:
       shapes: `jax.ShapeDtypeStruct`s; their dtypes are those of the result.
+        Matrices that are `Int8Matrix`es of shapes become int8.
       shardings: a tree of `jax.sharding.Sharding`; None puts all of it on the
         default device.
-      on_read: is told the bytes of each tensor after it was read.
+      on_read: is told the bytes of each tensor when it is being read.
 
     Returns:
       {"params": ..., "router": ...} of jax arrays.
 
     Raises:
-      ValueError: a copy (the head of an MTP module, say) is none.
+      ValueError: a copy (the head of an MTP module, say) is none, or a matrix
+        for int8 is not finite.
     """
-    self._check_copies()
+    self.check_copies()
     if shardings is None:
       device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
       shardings = jax.tree.map(lambda _: device, shapes)
 
     def load_leaf(path, leaf, sharding):
       tensors = self.tensors[leaf_name(path)]
-      return self._load_leaf(leaf, sharding, tensors, on_read)
+      load = self._load_int8 if is_quantized(leaf) else self._load_leaf
+      return load(leaf, sharding, tensors, on_read)
 
-    return jax.tree.map_with_path(load_leaf, shapes, shardings)
+    return jax.tree.map_with_path(
+      load_leaf, shapes, shardings, is_leaf=is_quantized
+    )
 
-  def _check_copies(self) -> None:
-    """What a model shares must be equal, or we would compute another one."""
+  def check_copies(self) -> None:
+    """What a model shares must be equal, or we would compute another one.
+
+    Raises:
+      ValueError: a tensor differs from what it is said to be a copy of.
+    """
     for name, original in self._copies.items():
       if name not in self.files or original not in self.files:
         continue
@@ -191,7 +201,8 @@ class PublishedWeights:
         if not np.array_equal(ours, theirs, equal_nan=True):
           raise ValueError(
             f"{name} is stored as a copy of {original}, but differs from it."
-            " The model shares the two: these weights are of another one."
+            " The model shares the two: these weights are of another one. An"
+            " MTP module can be left out (mtp=False, --without_mtp)."
           )
 
   def read(self, name: str, index: tuple[slice, ...] = ()) -> np.ndarray:
@@ -219,56 +230,39 @@ class PublishedWeights:
 
   def _load_leaf(self, leaf, sharding, tensors: list[Tensor], on_read) -> Any:
     """One leaf, made part by part on the devices that hold it."""
-    parts: dict[Any, list[jax.Device]] = {}
-    indices = sharding.addressable_devices_indices_map(leaf.shape)
-    for device, index in indices.items():
-      bounds = tuple(
-        part.indices(size)[:2]
-        for part, size in zip(index, leaf.shape, strict=True)
-      )
-      parts.setdefault(bounds, []).append(device)
-    made = []
-    for bounds, devices in parts.items():
-      shape = tuple(stop - start for start, stop in bounds)
-      buffers = [jnp.zeros(shape, leaf.dtype, device=d) for d in devices]
+    parts = LeafParts(leaf, sharding)
+
+    def copy(tensor, index):
+      parts.write(tensor, index, self.read(tensor.name, index))
+
+    def tasks():
       for tensor in tensors:
-        index, at = _within(bounds, tensor)
-        if index is None:
-          continue
-        piece = self.read(tensor.name, index)
-        buffers = [
-          _place(b, jax.device_put(piece, d), at, tensor.transposed)
-          for b, d in zip(buffers, devices, strict=True)
-        ]
+        for index in blocks(tensor, parts):
+          yield functools.partial(copy, tensor, index)
         on_read(self.files.nbytes(tensor.name))
-      made += buffers
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, made)
 
+    for_each(tasks(), workers=parts.workers)
+    return parts.finish()
 
-def _within(bounds, tensor: Tensor):
-  """(index into the tensor, place in the part), or (None, None) outside."""
-  lead = len(tensor.place)
-  at = []
-  for place, (start, stop) in zip(tensor.place, bounds[:lead], strict=True):
-    if not start <= place < stop:
-      return None, None
-    at.append(place - start)
-  index = tuple(slice(start, stop) for start, stop in bounds[lead:])
-  return index[::-1] if tensor.transposed else index, tuple(at)
+  def _load_int8(self, leaf, sharding, tensors: list[Tensor], on_read) -> Any:
+    """An Int8Matrix; a row of a stored matrix is a channel, read whole."""
+    values = LeafParts(leaf.values, sharding.values)
+    scale = LeafParts(leaf.scale, sharding.scale)
 
+    def convert(tensor, index):
+      rows = self.read(tensor.name, index)
+      try:
+        values_block, scale_block = int8.quantize(rows, axis=1)
+      except ValueError as error:
+        raise ValueError(f"{tensor.name}: {error}") from error
+      values.write(tensor, index, values_block)
+      scale.write(tensor, (index[0], slice(0, 1)), scale_block)
 
-@functools.partial(
-  jax.jit, static_argnames="transposed", donate_argnames="buffer"
-)
-def _write(buffer, piece, at, transposed):
-  if transposed:
-    piece = piece.T
-  lead = buffer.ndim - piece.ndim
-  piece = piece.astype(buffer.dtype).reshape((1,) * lead + piece.shape)
-  starts = (*at, *(jnp.int32(0) for _ in range(piece.ndim - lead)))
-  return jax.lax.dynamic_update_slice(buffer, piece, starts)
+    def tasks():
+      for tensor in tensors:
+        for index in blocks(tensor, values, scale, whole_rows=True):
+          yield functools.partial(convert, tensor, index)
+        on_read(self.files.nbytes(tensor.name))
 
-
-def _place(buffer, piece, at, transposed):
-  """`piece` written into `buffer` at an index of its leading axes, in place."""
-  return _write(buffer, piece, tuple(map(np.int32, at)), transposed)
+    for_each(tasks(), workers=values.workers)
+    return Int8Matrix(values.finish(), scale.finish())

@@ -163,6 +163,13 @@ def copies(cfg: ModelConfig) -> dict[str, str]:
   return found
 
 
+def without_mtp(cfg: ModelConfig) -> tuple[ModelConfig, list[str]]:
+  """The model without its MTP modules, and the prefixes of their tensors."""
+  first, depth = cfg.num_hidden_layers, cfg.num_nextn_predict_layers
+  prefixes = [f"model.layers.{first + k}." for k in range(depth)]
+  return dataclasses.replace(cfg, num_nextn_predict_layers=0), prefixes
+
+
 def is_determined(name: str) -> bool:
   """Whether a tensor follows from config.json, so that it is not read."""
   return _DETERMINED.fullmatch(name) is not None

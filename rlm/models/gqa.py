@@ -11,7 +11,7 @@ from rlm.kernels import gqa_attention as kernel
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
 from rlm.models.layers import RMSNorm, linear, normal_init
-from rlm.models.rope import apply_half_rope, softmax_scale
+from rlm.models.rope import apply_half_rope
 
 
 class GQA(nn.Module):
@@ -64,7 +64,8 @@ class GQA(nn.Module):
 
   @property
   def _scale(self) -> float:
-    return softmax_scale(self.cfg.head_dim, self.cfg.rope_scaling)
+    """YaRN's magnitude is on cos and sin alone; DeepSeek's m^2 is not here."""
+    return self.cfg.head_dim**-0.5
 
   def __call__(self, x, rotations, positions, segment_ids):
     """Training and prefill.

@@ -6,6 +6,7 @@ from flax import linen as nn
 
 from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
+from rlm.models.quantized import Int8Matrix, operand
 
 
 def normal_init(cfg: ModelConfig) -> nn.initializers.Initializer:
@@ -13,7 +14,7 @@ def normal_init(cfg: ModelConfig) -> nn.initializers.Initializer:
   return nn.initializers.normal(stddev=cfg.initializer_range)
 
 
-def dot(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
+def dot(subscripts: str, x: jax.Array, w: jax.Array | Int8Matrix) -> jax.Array:
   """Activations times parameters, in the dtype of the activations.
 
   Args:
@@ -24,10 +25,10 @@ def dot(subscripts: str, x: jax.Array, w: jax.Array) -> jax.Array:
   Returns:
     The product in the dtype of `x`.
   """
-  return einsum(subscripts, x, w.astype(x.dtype)).astype(x.dtype)
+  return einsum(subscripts, x, operand(w, x)).astype(x.dtype)
 
 
-def linear(x: jax.Array, w: jax.Array) -> jax.Array:
+def linear(x: jax.Array, w: jax.Array | Int8Matrix) -> jax.Array:
   """[..., D] times [D, F] -> [..., F].
 
   The leading axes are joined first: contracting two of them in the weight's

@@ -12,6 +12,7 @@ from rlm.kernels import mla_attention as kernel
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
 from rlm.models.layers import RMSNorm, dot, linear, normal_init
+from rlm.models.quantized import operand
 from rlm.models.rope import apply_rope, softmax_scale
 
 
@@ -64,10 +65,11 @@ class MLA(nn.Module):
     kv_latent, k_rope = jnp.split(kv, [self.cfg.kv_lora_rank], axis=-1)
     return self.kv_norm(kv_latent), apply_rope(k_rope, *rotations)
 
-  def _kv_up(self):
-    """W^UK [C, N, H] and W^UV [C, N, h] of the packed kv_b."""
+  def _kv_up(self, x):
+    """W^UK [C, N, H] and W^UV [C, N, h] of the packed kv_b, as x's operands."""
     c = self.cfg
-    kv_b = self.kv_b.reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+    kv_b = operand(self.kv_b, x)
+    kv_b = kv_b.reshape(c.kv_lora_rank, c.num_attention_heads, -1)
     return jnp.split(kv_b, [c.qk_nope_head_dim], axis=-1)
 
   def _out(self, heads):
@@ -128,7 +130,7 @@ class MLA(nn.Module):
     q_nope, q_rope = self._queries(x, rotations)
     entry = jnp.concatenate(self._latents(x, rotations), axis=-1)
     layer = write_entry(layer, entry[:, 0], lengths)
-    k_up, v_up = self._kv_up()
+    k_up, v_up = self._kv_up(x)
     q_latent = dot("BTNH,CNH->BTNC", q_nope, k_up)
     slots = jnp.arange(layer.shape[-1], dtype=jnp.int32)[None]
     position = lengths[:, None]

@@ -17,6 +17,7 @@ from rlm.kernels.grouped_matmul import (
 from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
 from rlm.models.layers import SwiGLU, dot, linear, normal_init
+from rlm.models.quantized import operand
 
 
 @flax.struct.dataclass
@@ -238,7 +239,7 @@ _combine.defvjp(
 
 def routed_experts_grouped(x, gates, expert_ids, weights, implementation):
   """The experts by grouped matmul: work in proportion to the routes."""
-  gate_proj, up_proj, down_proj = (w.astype(x.dtype) for w in weights)
+  gate_proj, up_proj, down_proj = (operand(w, x) for w in weights)
   n_experts, rows = gate_proj.shape[0], expert_ids.size
   size = row_alignment(rows, n_experts, implementation=implementation)
   slots = _assign_slots(expert_ids, n_experts, size)
@@ -265,7 +266,7 @@ def routed_experts_dense(x, gates, expert_ids, weights):
   The cheapest form for the few tokens of a decode step, and one in which a
   row's bits do not depend on its neighbours.
   """
-  gate_proj, up_proj, down_proj = (w.astype(x.dtype) for w in weights)
+  gate_proj, up_proj, down_proj = (operand(w, x) for w in weights)
   n_experts = gate_proj.shape[0]
   one_hot = jax.nn.one_hot(expert_ids, n_experts, dtype=jnp.float32)
   gate_NE = einsum("NK,NKE->NE", gates, one_hot)

@@ -12,6 +12,7 @@ import os
 import pathlib
 import warnings
 from collections.abc import Mapping
+from types import NoneType
 from typing import Any
 
 from rlm.config import build, did_you_mean
@@ -69,7 +70,7 @@ def read_published_config(
     values["n_vocab_used"] = fields.get(
       "n_vocab_used", fields.get("vocab_size")
     )
-    values["eos_token_id"] = _token_ids(fields.get("eos_token_id"))
+    values["eos_token_id"] = token_ids(fields.get("eos_token_id"))
     values |= _experts(fields, family)
     values |= _heads(fields, family)
     values |= _rope(fields)
@@ -101,7 +102,7 @@ def _load(source) -> tuple[str, dict[str, Any]]:
 
 def _family_of(fields: dict[str, Any]) -> Family:
   name = fields.get("model_type")
-  if name not in FAMILIES:
+  if not isinstance(name, str) or name not in FAMILIES:
     raise ValueError(
       f"model_type={name!r} is not supported{did_you_mean(name, FAMILIES)}"
       f" Supported are {', '.join(FAMILIES)}."
@@ -129,6 +130,11 @@ def _check_known(fields: dict[str, Any], family: Family) -> None:
       f" {', '.join((*family.fields, *family.derived))}, and inert ones."
       " Remove a field that changes nothing."
     )
+  for name in ("quantization_config", "rope_scaling", "rope_parameters"):
+    if not isinstance(fields.get(name), dict | NoneType):
+      raise ValueError(
+        f"{name}={fields[name]!r:.60} must be an object with keys, or null."
+      )
   stored = fields.get("quantization_config") or {}
   for name, choices in QUANTIZATION.items():
     if name in stored and stored[name] not in choices:
@@ -143,8 +149,8 @@ def _check_known(fields: dict[str, Any], family: Family) -> None:
       )
 
 
-def _token_ids(given: Any) -> tuple[Any, ...]:
-  """One id, a list of them or null, as a tuple."""
+def token_ids(given: Any) -> tuple[Any, ...]:
+  """One id, a list of them or null, as a tuple: `eos_token_id` is any."""
   if given is None:
     return ()
   return tuple(given) if isinstance(given, list) else (given,)
@@ -187,8 +193,9 @@ def _heads(fields: dict[str, Any], family: Family) -> dict[str, Any]:
     return {}
   heads = fields.get("num_attention_heads")
   width = fields.get("head_dim")
-  if width is None and isinstance(heads, int) and heads > 0:
-    width = fields.get("hidden_size", 0) // heads
+  size = fields.get("hidden_size")
+  if width is None and isinstance(heads, int) and isinstance(size, int):
+    width = size // max(heads, 1)
   key_heads = fields.get("num_key_value_heads")
   return {
     "head_dim": width,

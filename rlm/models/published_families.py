@@ -25,14 +25,12 @@ INERT = {
   "label2id": "of classifiers",
   "problem_type": "of classifiers",
   "chunk_size_feed_forward": "how transformers computes",
-  "is_encoder_decoder": "false in every family here",
   "pretraining_tp": "how it was trained",
   "ep_size": "how it was trained",
   "aux_loss_alpha": "the training config's; stale in V3's file (sheet 1)",
   "seq_aux": "the training config's",
   "sliding_window": "off unless use_sliding_window",
   "max_window_layers": "off unless use_sliding_window",
-  "attn_factor": "transformers ignores it too",
 }
 
 # Fields that may have one value only; elsewhere we would compute another model.
@@ -45,6 +43,7 @@ FIXED = {
   "rope_interleave": (True,),
   "use_sliding_window": (False,),
   "use_mrope": (False,),
+  "is_encoder_decoder": (False,),
 }
 
 _SIZES = (

@@ -1,8 +1,18 @@
 """Weight-only int8: a matrix as 8-bit integers and a scale per output channel.
 
-Linen unboxes `AxisMetadata` where a module asks for its parameter, so that the
-modules compute with floats and know nothing of this: what is unboxed is one
-layer's, inside the scan over the stack, and lives while it is used.
+Modules take an `Int8Matrix` wherever they take a matrix, since all of them turn
+their parameters into operands of products by `operand`.
+
+The error, on random models with logits of std 1 (3 layers of width 64; its test
+is `tests/checkpoint/int8_test.py`), against float32:
+
+| model | largest and mean change of a logit | KL, nats | same likeliest token |
+|---|---|---|---|
+| V3, routes of float32 replayed | 0.09, 0.011 | 1.1e-4 | 97% |
+| Qwen2 | 0.08, 0.010 | 0.9e-4 | 97% |
+
+Where near-tied experts may flip, a random router (6 layers, 4 of 16 experts)
+makes it 3.4, 0.083, 0.017 and 86%.
 """
 
 from typing import Any
@@ -10,7 +20,6 @@ from typing import Any
 import flax
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
 # The matrices of attention and feed-forward. The router's choices and what
 # every token passes (embedding, head, norms, biases, the MTP projection) keep
@@ -25,32 +34,43 @@ QUANTIZED = frozenset(
 
 
 @flax.struct.dataclass
-class Int8Matrix(nn.meta.AxisMetadata[Any]):
+class Int8Matrix:
   """W = values * scale.
 
   Attributes:
-    values: int8 [..., in, out], from -127 to 127.
+    values: int8 [..., in, out], from -127 to 127. The first field, whose shape
+      Linen compares with the parameter's.
     scale: float32 [..., 1, out], the largest of |W| over `in`, by 127.
   """
 
   values: Any
   scale: Any
 
-  def unbox(self) -> jax.Array:
-    """The matrix, float32 [..., in, out]."""
-    return self.values.astype(jnp.float32) * self.scale
+  @property
+  def shape(self) -> tuple[int, ...]:
+    return self.values.shape
 
-  def replace_boxed(self, val: Any) -> "Int8Matrix":
-    raise ValueError(
-      "an int8 matrix cannot take other values. Load without quantize to change"
-      " the parameters."
-    )
 
-  def add_axis(self, index: int, params: dict[Any, Any]) -> "Int8Matrix":
-    return self
+def operand(w: Any, x: jax.Array) -> jax.Array:
+  """A parameter as an array in the dtype of the activations it will meet.
 
-  def remove_axis(self, index: int, params: dict[Any, Any]) -> "Int8Matrix":
-    return self
+  Args:
+    w: an array or an Int8Matrix.
+    x: the activations.
+
+  Returns:
+    [..., in, out] in the dtype of `x`.
+  """
+  if not is_quantized(w):
+    return w.astype(x.dtype)
+  # XLA must not make the floats of all layers first, nor once for all steps of
+  # a decode loop, which would take the memory that int8 saves. It undoes
+  # optimization barriers too early for that, but cannot know this condition:
+  # that an activation is finite. Where it is not, the product is NaN.
+  ready = jnp.isfinite(x[(0,) * x.ndim])
+  values = jnp.where(ready, w.values, jnp.int8(0))
+  scale = jnp.where(ready, w.scale, jnp.nan)
+  return (values.astype(jnp.float32) * scale).astype(x.dtype)
 
 
 def is_quantized(leaf: Any) -> bool:

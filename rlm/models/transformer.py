@@ -5,6 +5,7 @@ parameters of each kind of layer (dense, MoE, MTP) are stacked on a leading
 axis; whether layers run in a scan or unrolled never changes the tree.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -38,7 +39,7 @@ def _remat(body, policy: str, *, unrolled: bool):
 
 
 class Transformer(nn.Module):
-  """DeepSeek-V2/V3 (`cfg` names which). See the methods for the forms.
+  """DeepSeek-V2/V3, or a Qwen or Llama (`cfg` says). See the methods.
 
   Variables: `params`, and `router` with the expert biases, float32 [L, E],
   which no gradient touches.
@@ -157,7 +158,9 @@ class Transformer(nn.Module):
       )
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
-    return _logits(self, variables, tokens, jnp.asarray(segment_ids))
+    # Rows of any length: chunks, which save memory in training, must divide.
+    model = Transformer(dataclasses.replace(self.cfg, attention_chunk=0))
+    return _logits(model, variables, tokens, jnp.asarray(segment_ids))
 
   def states(self, tokens, positions, segment_ids):
     """The residual stream after every layer, for analysis.

@@ -75,6 +75,16 @@ def generate(
     )
   if stop_tokens is None:
     stop_tokens = c.eos_token_id
+  room = min(
+    bucket_length(max(longest, 1)), c.max_position_embeddings - max_new_tokens
+  )
+  if c.attention_chunk and room > c.attention_chunk:
+    # Chunks must divide the room; where that exceeds the context, none.
+    rounded = bucket_length(room, c.attention_chunk)
+    if rounded + max_new_tokens <= c.max_position_embeddings:
+      room = rounded
+    else:
+      model = Transformer(dataclasses.replace(c, attention_chunk=0))
   sampler = Sampler(
     model,
     SamplingConfig(
@@ -85,9 +95,7 @@ def generate(
       stop_tokens=tuple(int(token) for token in stop_tokens),
     ),
     slots=_slots(len(prompts), devices),
-    prompt_length=min(
-      bucket_length(max(longest, 1)), c.max_position_embeddings - max_new_tokens
-    ),
+    prompt_length=room,
     devices=devices,
     eos_token=None,
     pad_token=0,

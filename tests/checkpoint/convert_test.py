@@ -20,6 +20,7 @@ from rlm.checkpoint.initial import initial_variables
 from rlm.checkpoint.load import load_checkpoint
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.checkpoint.tensor_files import open_tensors
+from rlm.checkpoint.tensor_writer import TensorWriter
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
 from rlm.models.published_config import read_published_config
 from tests.parity import cases
@@ -246,6 +247,81 @@ def test_another_conversion_is_not_mixed_in(tmp_path):
   (tmp_path / "full" / "notes").write_text("mine")
   with pytest.raises(ValueError, match="full is not empty"):
     convert.import_published(tmp_path / "in", tmp_path / "full")
+
+
+def test_what_is_stored_twice_must_be_equal_here_too(tmp_path):
+  weights = cases.make_weights(MTP, seed=0)
+  head = weights["lm_head.weight"] + 1
+  weights["model.layers.2.shared_head.head.weight"] = head
+  cases.write_folder(tmp_path / "in", MTP, weights)
+  with pytest.raises(ValueError, match="a copy of lm_head"):
+    convert.import_published(tmp_path / "in", tmp_path / "ours")
+  with pytest.raises(ValueError, match="a copy of lm_head"):
+    convert.export_checkpoint(tmp_path / "in", tmp_path / "out")
+  convert.import_published(tmp_path / "in", tmp_path / "without", mtp=False)
+
+
+def test_a_run_is_never_written_over(tmp_path):
+  publish(tmp_path / "in", cases.CONFIGS["qwen2"])
+  convert.import_published(tmp_path / "in", tmp_path / "ours")
+  before = (tmp_path / "ours" / "config.json").read_bytes()
+  for source in ("in", "ours"):
+    with pytest.raises(ValueError, match="ours holds a run or another model"):
+      convert.export_checkpoint(tmp_path / source, tmp_path / "ours")
+  assert (tmp_path / "ours" / "config.json").read_bytes() == before
+
+
+def test_what_a_kill_after_the_checkpoint_leaves_is_cleared(tmp_path):
+  publish(tmp_path / "in", cases.CONFIGS["qwen2"])
+  convert.import_published(tmp_path / "in", tmp_path / "ours")
+  stage = tmp_path / "ours" / ".converting"
+  for finished in (True, False):
+    stage.mkdir()
+    (stage / "leaf.bin").write_bytes(b"x")
+    if not finished:
+      (tmp_path / "ours" / "summary.json").unlink()
+    convert.import_published(tmp_path / "in", tmp_path / "ours")
+    assert not stage.exists()
+    assert (tmp_path / "ours" / "summary.json").is_file()
+
+
+def test_what_others_read_in_config_json_is_kept(tmp_path):
+  scaling = dict(rope_type="yarn", factor=4.0, attn_factor=0.878)
+  scaling["original_max_position_embeddings"] = 16
+  config = cases.CONFIGS["qwen2"] | {
+    "rope_scaling": scaling,
+    "auto_map": {"AutoConfig": "configuration_x.X"},
+    "bos_token_id": 3,
+  }
+  cases.write_folder(
+    tmp_path / "in", config, cases.make_weights(config, seed=0)
+  )
+  with pytest.warns(UserWarning, match="attn_factor"):
+    convert.export_checkpoint(tmp_path / "in", tmp_path / "out")
+  written = files.read_json(tmp_path / "out" / "config.json")
+  assert written["rope_scaling"]["attn_factor"] == 0.878
+  assert written["bos_token_id"] == 3
+  assert "auto_map" not in written  # its code is not in the folder
+
+
+def test_scales_go_out_in_the_dtype_they_came_in(tmp_path):
+  stored = publish_fp8(tmp_path / "in")
+  config = files.read_json(tmp_path / "in" / "config.json")
+  config["quantization_config"]["scale_fmt"] = "ue8m0"
+  for name, array in stored.items():
+    if name.endswith("_scale_inv"):
+      power = 2.0 ** np.ceil(np.log2(array))
+      stored[name] = power.astype(ml_dtypes.float8_e8m0fnu)
+  (tmp_path / "in" / "model.safetensors").unlink()
+  plan = [(name, x.dtype, x.shape) for name, x in stored.items()]
+  with TensorWriter(tmp_path / "in", plan, max_shard_bytes=10**9) as writer:
+    for name, array in stored.items():
+      writer.write(name, array)
+  files.write_json(tmp_path / "in" / "config.json", config)
+  convert.import_published(tmp_path / "in", tmp_path / "ours")
+  convert.export_checkpoint(tmp_path / "ours", tmp_path / "out")
+  found = held(tmp_path / "out")
+  assert_same({name: found[name] for name in stored}, stored)
 
 
 def test_the_command(tmp_path):

@@ -107,6 +107,21 @@ def test_settings_out_of_range(tmp_path):
     _ = rlm.load_checkpont
 
 
+def test_chunks_of_training_do_not_bind_the_importer(tmp_path):
+  publish(tmp_path, cases.CONFIGS["qwen2"])
+  model, variables = rlm.load_checkpoint(tmp_path)
+  chunked = type(model)(dataclasses.replace(model.cfg, attention_chunk=5))
+  tokens = np.arange(7)[None]
+  np.testing.assert_array_equal(
+    chunked.logits(variables, tokens), model.logits(variables, tokens)
+  )
+  out = [
+    rlm.generate(m, variables, [[1, 2]], jax.random.key(0), max_new_tokens=2)
+    for m in (model, chunked)
+  ]
+  assert out[0].tokens == out[1].tokens
+
+
 def test_segments_are_documents_of_their_own(tmp_path):
   publish(tmp_path, cases.CONFIGS["deepseek_v3"])
   model, variables = rlm.load_checkpoint(tmp_path)

@@ -1,5 +1,6 @@
 """Runs that take their model from a published folder."""
 
+import dataclasses
 import json
 import pathlib
 import runpy
@@ -11,10 +12,14 @@ import pytest
 from experiments import rl, sft
 from experiments.from_checkpoint import fill_model
 from rlm import files
-from rlm.checkpoint.convert import export_checkpoint
+from rlm.checkpoint.convert import export_checkpoint, import_published
+from rlm.checkpoint.initial import initial_variables
 from rlm.checkpoint.load import load_checkpoint
 from rlm.checkpoint.manager import restore_variables
+from rlm.config import build
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
+from rlm.models.config import ModelConfig
+from rlm.models.transformer import Transformer
 from tests.parity import cases
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -71,6 +76,10 @@ def test_fine_tuning_in_and_out_again(tmp_path, published):
   steps = jax.tree.map(lambda a, b: np.abs(a - b).max(), before, after)
   # Two steps of at most 5e-6 away from the published weights: it began there.
   assert 0 < max(jax.tree.leaves(steps)) < 2e-5
+  # Finished; and the weights need not lie where they lay.
+  for name in ("config.json", "model.safetensors"):
+    (published / name).rename(tmp_path / name)
+  assert sft.run(c, str(tmp_path / "run"))["steps"] == 2
   export_checkpoint(tmp_path / "run", tmp_path / "out")
   again = load_checkpoint(tmp_path / "out")[1]
   jax.tree.map(np.testing.assert_array_equal, again, after)
@@ -81,22 +90,50 @@ def test_fine_tuning_in_and_out_again(tmp_path, published):
 def test_rl_could_begin(tmp_path, published, monkeypatch):
   monkeypatch.chdir(ROOT)
   changes = {"sampling.max_new_tokens": 64, "prompt_length": 128}
-  c = fill_model(config_of("configs/rl/published.py", published, **changes))
-  rl.check_inputs(rl.build(rl.Config, c), pending=tmp_path)
+  c = fill_model(
+    config_of("configs/rl/published.py", published, **changes), "unused"
+  )
+  rl.check_inputs(build(rl.Config, c), pending=tmp_path)
 
 
-def test_what_is_given_wins_and_nothing_else_changes(published):
+def test_what_is_given_wins_and_nothing_else_changes(tmp_path, published):
   c = config_of("configs/sft/published.py", published)
-  filled = fill_model(c)
+  filled = fill_model(c, str(tmp_path / "run"))
   assert filled["model"]["remat"] == "block"
   assert filled["model"]["hidden_size"] == 32
   assert {
     k: v for k, v in filled.items() if k not in ("model", "tokenizer")
   } == {k: v for k, v in c.to_dict().items() if k not in ("model", "tokenizer")}
-  assert fill_model(filled) is filled
+  assert fill_model(filled, str(tmp_path / "run")) is filled
+
+
+def test_a_converted_folder_serves_as_well(tmp_path):
+  fields = cases.CONFIGS["deepseek_v3"] | {
+    "vocab_size": 272,
+    "num_nextn_predict_layers": 1,
+  }
+  folder = tmp_path / "published"
+  cases.write_folder(folder, fields, cases.make_weights(fields, seed=0))
+  write_byte_tokenizer(folder)
+  import_published(folder, tmp_path / "ours")
+  from_ours, from_theirs = (
+    fill_model(config_of("configs/sft/published.py", source), "unused")
+    for source in (tmp_path / "ours", folder)
+  )
+  assert build(ModelConfig, from_ours["model"]) == build(
+    ModelConfig, from_theirs["model"]
+  )
+  assert from_ours["tokenizer"] == str(tmp_path / "ours" / "published")
+  cfg = build(ModelConfig, from_ours["model"])
+  model = Transformer(dataclasses.replace(cfg, dtype="float32"))
+  key = jax.random.key(0)
+  a = initial_variables(model, str(tmp_path / "ours"), key)
+  b = initial_variables(model, str(folder), key)
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+  assert "mtp_modules" not in a["params"]
 
 
 def test_a_folder_without_model_is_told(tmp_path):
   c = config_of("configs/sft/published.py", tmp_path)
   with pytest.raises(ValueError, match="leaves vocab_size, .*no config.json"):
-    fill_model(c)
+    fill_model(c, str(tmp_path / "run"))

@@ -116,6 +116,13 @@ YARN = V3["rope_scaling"]
       dict(quantization_config=dict(weight_block_size=[32, 32])),
       r"weight_block_size=\[32, 32\] is not supported",
     ),
+    (
+      dict(quantization_config=[1]),
+      r"quantization_config=\[1\] must be an obj",
+    ),
+    (dict(rope_scaling="yarn"), "rope_scaling='yarn' must be an object"),
+    (dict(model_type=["deepseek_v3"]), "model_type=.* is not supported"),
+    (dict(is_encoder_decoder=True), "is_encoder_decoder=True is not"),
     (dict(hidden_size="32"), "hidden_size: expected int"),
   ],
 )
@@ -125,6 +132,8 @@ def test_what_we_do_not_compute_is_refused_by_name(changes, message):
 
 
 def test_refusals_of_other_families():
+  with pytest.raises(ValueError, match="hidden_size: expected int"):
+    read_published_config(QWEN2 | {"hidden_size": "32"})
   with pytest.raises(ValueError, match="use_sliding_window=True is not"):
     read_published_config(QWEN2 | {"use_sliding_window": True})
   layers = ["full_attention", "sliding_attention"]

@@ -186,6 +186,18 @@ CONFIGS = {
       attention_factor=1.3,
     ),
   ),
+  # Both magnitudes without latent attention: their ratio is on cos and sin,
+  # but mscale_all_dim is not on the softmax scale, as it is in DeepSeek's.
+  "llama_yarn": dict(
+    _COMMON,
+    architectures=["LlamaForCausalLM"],
+    model_type="llama",
+    num_key_value_heads=2,
+    attention_bias=False,
+    mlp_bias=False,
+    rope_theta=10.0,
+    rope_scaling=dict(_YARN, rope_type="yarn"),
+  ),
 }
 # Further corners of families that the others hold already.
 RARE = ("deepseek_v3_plain", "qwen2_yarn")
@@ -201,6 +213,7 @@ SEEDS = {
   "llama": 9,
   "deepseek_v3_plain": 15,
   "qwen2_yarn": 7,
+  "llama_yarn": 0,
 }
 
 LENGTH = 24  # tokens of a row

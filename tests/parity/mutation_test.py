@@ -124,6 +124,12 @@ class LateNormGQA(gqa.GQA):
     return self.q_norm(q), self.k_norm(k), v
 
 
+def scale_of_latent_attention(attention):
+  """Of DeepSeek's classes; transformers' others do without m^2."""
+  cfg = attention.cfg
+  return rope.softmax_scale(cfg.head_dim, cfg.rope_scaling)
+
+
 FUNCTIONS = {
   "mscale not on the scale": (
     "deepseek_v3",
@@ -145,6 +151,14 @@ FUNCTIONS = {
   ),
   "norm of latent and key": ("deepseek_v3", (block, "MLA", JointNormMLA)),
   "norms of q and k after RoPE": ("qwen3", (block, "GQA", LateNormGQA)),
+  "mscale on the scale of grouped queries": (
+    "llama_yarn",
+    (gqa.GQA, "_scale", property(scale_of_latent_attention)),
+  ),
+  "mscale not on grouped queries' cos and sin": (
+    "llama_yarn",
+    (rope, "rope_magnitude", lambda _: 1.0),
+  ),
 }
 DEFAULT = (
   "routed_scaling_factor",
@@ -157,6 +171,7 @@ DEFAULT = (
   "group rule",
   "norm after attention",
   "norms of q and k after RoPE",
+  "mscale on the scale of grouped queries",
 )
 
 
@@ -204,7 +219,7 @@ def test_a_bias_left_out_moves_the_logits(load, name, ending):
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "qwen3", "llama_yarn"])
 def test_nothing_moves_without_a_mutation(load, name):
   ours = load(name)
   moved = farthest(ours.model.cfg, ours.variables, name)

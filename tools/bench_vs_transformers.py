@@ -1,0 +1,524 @@
+"""rlm against transformers on the CPU: training, prefill and decoding.
+
+  python -m tools.bench_vs_transformers --output=vs.json --plot=decode.png
+
+needs the extra `parity`. A small model of V3's shape and one of Qwen2's are
+made once and saved as published folders, from which both sides load the same
+float32 weights; their logits are compared first. Measured are training steps
+(as tools/bench_train), prefill of a batch of prompts up to the logits of their
+last tokens, and batched sampling (as tools/bench_sampling, prefill of short
+prompts included). Then, of V3's shape, the cost of a decoded token by length of
+context: ours absorbed, ours expanded (keys and values of all heads made anew
+from the latent cache at every step) and transformers'. Torch runs eagerly, in
+the fastest of its attention and expert implementations; rlm divides the rows
+among --devices. Rounds alternate; ratios are of medians. Run it on an idle
+machine.
+"""
+
+import argparse
+import functools
+import os
+import pathlib
+import statistics
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import PartitionSpec as P
+
+import rlm
+from experiments import launch
+from rlm.checkpoint.export import export_published
+from rlm.checkpoint.initial import random_variables
+from rlm.checkpoint.published_names import leaf_name
+from rlm.kernels.mla_attention import mla_attention
+from rlm.models.cache import write_entry
+from rlm.models.config import ModelConfig
+from rlm.models.layers import linear
+from rlm.models.mla import MLA
+from rlm.models.transformer import Transformer, head_kernel
+from rlm.parallel.mesh import data_mesh
+from rlm.sampling import loop
+from rlm.sampling.config import SamplingConfig
+from rlm.sampling.programs import make_programs
+from tools import bench_sampling, bench_train, interleave
+
+_COMMON = dict(
+  vocab_size=1024,
+  n_vocab_used=1024,
+  hidden_size=256,
+  num_hidden_layers=6,
+  intermediate_size=768,
+  num_attention_heads=8,
+  rope_theta=10000.0,
+  rope_scaling=None,
+  max_position_embeddings=4096,
+  rms_norm_eps=1e-6,
+  initializer_range=0.05,
+  tie_word_embeddings=False,
+  num_nextn_predict_layers=0,
+  dtype="float32",
+  param_dtype="float32",
+  remat="none",
+  unroll_layers=True,
+  attention_chunk=0,
+  logits_chunk=0,
+)
+MODELS = {
+  "v3": ModelConfig(
+    **_COMMON,
+    first_k_dense_replace=1,
+    moe_intermediate_size=96,
+    n_routed_experts=16,
+    num_experts_per_tok=4,
+    n_shared_experts=1,
+    n_group=4,
+    topk_group=2,
+    topk_method="noaux_tc",
+    scoring_func="sigmoid",
+    norm_topk_prob=True,
+    routed_scaling_factor=2.5,
+    q_lora_rank=96,
+    kv_lora_rank=64,
+    qk_nope_head_dim=32,
+    qk_rope_head_dim=16,
+    v_head_dim=32,
+  ),
+  "qwen2": ModelConfig(
+    **_COMMON,
+    first_k_dense_replace=6,
+    moe_intermediate_size=0,
+    n_routed_experts=0,
+    num_experts_per_tok=0,
+    n_shared_experts=0,
+    n_group=1,
+    topk_group=1,
+    topk_method="greedy",
+    scoring_func="softmax",
+    norm_topk_prob=False,
+    routed_scaling_factor=1.0,
+    q_lora_rank=None,
+    kv_lora_rank=0,
+    qk_nope_head_dim=0,
+    qk_rope_head_dim=0,
+    v_head_dim=0,
+    num_key_value_heads=2,
+    head_dim=32,
+    qkv_bias=True,
+  ),
+}
+
+
+def save_model(cfg: ModelConfig, folder: pathlib.Path) -> None:
+  """A published folder of random float32 weights."""
+  variables = random_variables(Transformer(cfg), jax.random.key(0))
+  leaves = {
+    leaf_name(path): np.asarray(leaf)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+  }
+
+  def read(leaf, tensor):
+    part = leaves[leaf][tensor.place]
+    return part.T if tensor.transposed else part
+
+  export_published(folder, cfg, variables, read, stored="float32")
+
+
+def load_torch(
+  folder: pathlib.Path, variant: Any, *, experts: tuple[str, ...] = ("eager",)
+) -> Any:
+  """The folder's model by transformers, float32, in one of its variants.
+
+  Raises:
+    NotImplementedError: the variant is left out.
+  """
+  import torch
+  import transformers
+
+  options = {"attn_implementation": variant.attention}
+  config = transformers.AutoConfig.from_pretrained(folder)
+  if config.model_type == "deepseek_v3":
+    if variant.experts not in experts:
+      raise NotImplementedError("left out by --experts")
+    options["experts_implementation"] = variant.experts
+  elif variant.experts != "eager":
+    raise NotImplementedError("a dense model has no experts")
+  return transformers.AutoModelForCausalLM.from_pretrained(
+    folder, dtype=torch.float32, **options
+  )
+
+
+def largest_difference(model, variables, folder: pathlib.Path) -> float:
+  """Of the two sides' logits: they must be one model."""
+  import torch
+
+  from tools import torch_deepseek
+
+  tokens = bench_train.random_tokens(model.cfg, 2, 64)
+  theirs = load_torch(folder, torch_deepseek.VARIANTS[0]).eval()
+  with torch.inference_mode():
+    logits = theirs(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
+  off = float(np.abs(model.logits(variables, tokens) - logits).max())
+  if not off < 1e-3:
+    raise ValueError(f"the logits of the two sides differ by {off}.")
+  return off
+
+
+def rlm_prefill(model, variables, tokens, *, devices: int):
+  """A function that prefills once, cache and last logits."""
+  mesh = data_mesh(devices, "--devices")
+
+  def prefill(variables, tokens):
+    length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
+    made = loop.prefill(model, variables, tokens, length, tokens.shape[1])
+    head = head_kernel(variables, model.cfg)
+    return made.cache, loop.next_token_logits(made.hidden, head)
+
+  rows: Any = P("data")
+  divided = jax.jit(
+    jax.shard_map(
+      prefill,
+      mesh=mesh,
+      in_specs=(P(), rows),
+      out_specs=rows,
+      check_vma=False,
+    )
+  )
+  variables = jax.device_put(variables, jax.NamedSharding(mesh, P()))
+  return lambda: jax.block_until_ready(divided(variables, tokens))
+
+
+def torch_prefill(make_model: Callable, tokens, *, rounds: int):
+  """The same with transformers in its fastest variant."""
+  import torch
+
+  from tools import torch_deepseek
+
+  ids = torch.from_numpy(tokens.astype(np.int64))
+  made, unusable = {}, {}
+  for variant in torch_deepseek.VARIANTS:
+    try:
+      model = make_model(variant).eval()
+
+      def run(model=model):
+        with torch.inference_mode():
+          model(ids, use_cache=True, logits_to_keep=1)
+
+      run()
+    except (NotImplementedError, RuntimeError) as error:
+      unusable[str(variant)] = str(error).splitlines()[0]
+      continue
+    made[str(variant)] = run
+  name, seconds = interleave.fastest(made, rounds=rounds)
+  return made[name], {
+    "variant": name,
+    "seconds": seconds,
+    "unusable": unusable,
+  }
+
+
+def expanded_decode(mla: MLA, x, rotations, layer, lengths):
+  """`MLA.decode` without absorption: all keys and values made anew."""
+  c = mla.cfg
+  q_nope, q_rope = mla._queries(x, rotations)
+  entry = jnp.concatenate(mla._latents(x, rotations), axis=-1)
+  layer = write_entry(layer, entry[:, 0], lengths)
+  held = layer.swapaxes(1, 2)  # [B, S, C + R]
+  kv_latent, k_rope = jnp.split(held, [c.kv_lora_rank], axis=-1)
+  kv = linear(kv_latent, mla.kv_b)
+  kv = kv.reshape(*held.shape[:2], c.num_attention_heads, -1)
+  k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
+  slots = jnp.arange(held.shape[1], dtype=jnp.int32)[None]
+  position = lengths[:, None]
+  seen = (slots <= position).astype(jnp.int32)
+  out, _ = mla_attention(
+    q_nope,
+    q_rope,
+    k_nope,
+    k_rope,
+    v,
+    position,
+    jnp.broadcast_to(slots, seen.shape),
+    jnp.ones_like(position),
+    seen,
+    scale=mla._scale,
+  )
+  return mla._out(out), layer
+
+
+def _expand(next_function, args, kwargs, context):
+  if isinstance(context.module, MLA) and context.method_name == "decode":
+    return expanded_decode(context.module, *args, **kwargs)
+  return next_function(*args, **kwargs)
+
+
+def rlm_decode(
+  model, variables, rows, context, steps, *, devices: int, expanded: bool
+) -> Callable[[], None]:
+  """A function that decodes `steps` tokens a row after `context` of them."""
+  mesh = data_mesh(devices, "--devices")
+  sampling = SamplingConfig(
+    temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=steps + 1
+  )
+  # Not the cached programs, whose trace does not know which form it holds.
+  programs = make_programs.__wrapped__(
+    model,
+    sampling,
+    mesh,
+    capacity=context + steps,
+    steps_per_call=steps,
+    stop_tokens=(),
+    pad_token=0,
+  )
+  variables = jax.device_put(variables, jax.NamedSharding(mesh, P()))
+  slots = programs.start(rows)
+  by_row = slots.live.sharding
+  full = jax.device_put(np.full(rows, context, np.int32), by_row)
+  zero = jax.device_put(np.zeros(rows, np.int32), by_row)
+  live = jax.device_put(np.ones(rows, bool), by_row)
+
+  def run():
+    nonlocal slots
+    begin = slots.replace(
+      cache=slots.cache.replace(lengths=full + 0),
+      index=zero + 0,
+      live=live & True,
+    )
+    slots, drawn = programs.decode(variables, begin, steps, 1)
+    if int(drawn.steps.min()) != steps:
+      raise RuntimeError(f"{drawn.steps} of {steps} steps were taken.")
+
+  if expanded:
+    with nn.intercept_methods(_expand):
+      run()  # traces
+  return run
+
+
+def torch_decode(model, rows, context, steps) -> Callable[[], None]:
+  """The same with a transformers model, over its cache."""
+  import torch
+
+  rng = np.random.default_rng(0)
+  used = model.config.vocab_size
+  ids = torch.from_numpy(rng.integers(used, size=(rows, context)))
+
+  with torch.inference_mode():
+    cache = model(ids, use_cache=True, logits_to_keep=1).past_key_values
+
+  @torch.inference_mode()
+  def run():
+    token = ids[:, :1]
+    for _ in range(steps):
+      logits = model(token, past_key_values=cache, use_cache=True).logits
+      token = torch.multinomial(logits[:, -1].softmax(-1), 1)
+    cache.crop(context)
+
+  return run
+
+
+def measure_model(name: str, folder: pathlib.Path, arguments) -> dict[str, Any]:
+  """Training, prefill and sampling of one model."""
+  model, variables = rlm.load_checkpoint(folder, dtype="float32")
+  cfg = MODELS[name]
+  model = Transformer(cfg)
+  make_torch = functools.partial(load_torch, folder, experts=arguments.experts)
+  result: dict[str, Any] = {
+    "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
+    "largest_logit_difference": largest_difference(model, variables, folder),
+  }
+  if "train" in arguments.measure:
+    tokens = bench_train.random_tokens(cfg, *arguments.train)
+    made = {}
+    for microbatches in (1, 2, 4):
+      rows = len(tokens) // microbatches
+      made[f"microbatch_rows={rows}"], _ = bench_train.rlm_steps(
+        cfg,
+        tokens,
+        arguments.steps,
+        rows,
+        devices=arguments.devices,
+        # The step gives its state's memory away.
+        variables=jax.tree.map(jnp.copy, variables),
+      )
+    best, seconds = interleave.fastest(made, rounds=arguments.variant_rounds)
+    theirs, _, tried = bench_train.torch_steps(
+      cfg,
+      tokens,
+      arguments.steps,
+      rounds=arguments.variant_rounds,
+      make_model=make_torch,
+    )
+    result["train"] = _race(
+      {"rlm": made[best], "torch": theirs},
+      tokens.size * arguments.steps,
+      arguments.rounds,
+      rlm_variants={"variant": best, "seconds": seconds},
+      torch_variants=tried,
+    )
+  if "prefill" in arguments.measure:
+    tokens = bench_train.random_tokens(cfg, *arguments.prefill)
+    ours = rlm_prefill(model, variables, tokens, devices=arguments.devices)
+    theirs, tried = torch_prefill(
+      make_torch, tokens, rounds=arguments.variant_rounds
+    )
+    result["prefill"] = _race(
+      {"rlm": ours, "torch": theirs},
+      tokens.size,
+      arguments.rounds,
+      torch_variants=tried,
+    )
+  if "sampling" in arguments.measure:
+    rows, length, new = arguments.sampling
+    prompts = bench_sampling.random_prompts(cfg, rows, length)
+    ours = bench_sampling.rlm_generate(
+      cfg, prompts, new, devices=arguments.devices, variables=variables
+    )
+    theirs, tried = bench_sampling.torch_generate(
+      cfg,
+      prompts,
+      new,
+      rounds=arguments.variant_rounds,
+      make_model=make_torch,
+    )
+    result["sampling"] = _race(
+      {"rlm": ours, "torch": theirs},
+      rows * new,
+      arguments.rounds,
+      torch_variants=tried,
+    )
+  return result
+
+
+def _race(rivals, tokens: int, rounds: int, **more) -> dict[str, Any]:
+  measured = interleave.rates(rivals, tokens=tokens, rounds=rounds)
+  median = {name: statistics.median(r) for name, r in measured.items()}
+  return {
+    **{name: interleave.summary(r) for name, r in measured.items()},
+    **more,
+    "ratio": median["rlm"] / median["torch"],
+    "load_average": os.getloadavg()[0],
+  }
+
+
+def measure_contexts(folder: pathlib.Path, arguments) -> list[dict[str, Any]]:
+  """Milliseconds per decode step by length of context, V3's shape."""
+  from tools import torch_deepseek
+
+  _, variables = rlm.load_checkpoint(folder, dtype="float32")
+  model = Transformer(MODELS["v3"])
+  rows, steps = arguments.decode
+  theirs = {}
+  for variant in torch_deepseek.VARIANTS:
+    try:
+      made = load_torch(folder, variant, experts=arguments.experts).eval()
+      torch_decode(made, rows, 8, 1)()
+    except (NotImplementedError, RuntimeError):
+      continue
+    theirs[str(variant)] = made
+  points = []
+  for context in arguments.contexts:
+    rivals = {
+      form: rlm_decode(
+        model,
+        variables,
+        rows,
+        context,
+        steps,
+        devices=arguments.devices,
+        expanded=form == "expanded",
+      )
+      for form in ("absorbed", "expanded")
+    }
+    made = {n: torch_decode(m, rows, context, steps) for n, m in theirs.items()}
+    best, _ = interleave.fastest(made, rounds=1)
+    rivals["transformers"] = made[best]
+    measured = interleave.rates(rivals, tokens=steps, rounds=arguments.rounds)
+    points.append(
+      {
+        "context": context,
+        "rows": rows,
+        "torch_variant": best,
+        **{n: 1e3 / statistics.median(r) for n, r in measured.items()},
+      }
+    )
+  return points
+
+
+def plot(points: list[dict[str, Any]], path: str) -> None:
+  """Milliseconds per step of all rows against the context."""
+  from matplotlib import pyplot
+
+  figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+  contexts = [point["context"] for point in points]
+  for name, label in (
+    ("transformers", "transformers"),
+    ("expanded", "rlm, expanded"),
+    ("absorbed", "rlm, absorbed"),
+  ):
+    axes.plot(contexts, [p[name] for p in points], marker="o", label=label)
+  axes.set_xlabel("tokens of context")
+  axes.set_ylabel(f"ms per step of {points[0]['rows']} rows")
+  axes.set_ylim(bottom=0)
+  axes.legend()
+  figure.savefig(path, dpi=150)
+
+
+def main() -> None:
+  """Reads the flags, measures, prints JSON, draws the plot."""
+  launch.use_huge_pages()  # as a run does; it serves both sides
+  parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+  )
+  add = parser.add_argument
+  add("--models", nargs="+", default=list(MODELS), choices=list(MODELS))
+  parts = ("train", "prefill", "sampling", "contexts")
+  add("--measure", nargs="+", default=parts, choices=parts)
+  # batched_mm gathers the matrices of every choice of every token: one training
+  # step of these sizes takes 20 s, with the others 0.7 s.
+  add("--experts", nargs="+", default=("eager", "grouped_mm"))
+  add("--train", type=int, nargs=2, default=(16, 128), help="rows, tokens")
+  add("--prefill", type=int, nargs=2, default=(16, 256), help="rows, tokens")
+  add(
+    "--sampling",
+    type=int,
+    nargs=3,
+    default=(64, 16, 64),
+    help="rows, tokens of a prompt, new tokens",
+  )
+  add("--decode", type=int, nargs=2, default=(16, 16), help="rows, steps")
+  add("--contexts", type=int, nargs="+", default=[128, 256, 512, 1024, 2048])
+  add("--steps", type=int, default=3, help="training steps of one round")
+  add("--rounds", type=int, default=7)
+  add("--variant_rounds", type=int, default=3, help="to choose variants")
+  add("--threads", type=int, default=os.cpu_count(), help="torch's threads")
+  add("--devices", type=int, default=2, help="that share our rows")
+  add("--plot", help="also draw the cost by context here, a PNG")
+  add("--output", help="also write the JSON here")
+  arguments = parser.parse_args()
+  jax.config.update("jax_num_cpu_devices", arguments.devices)
+  import torch
+
+  torch.set_num_threads(arguments.threads)
+  result = interleave.circumstances(
+    ("jax", "flax", "torch", "transformers"), arguments.threads
+  )
+  result["precision"], result["devices"] = "float32", arguments.devices
+  with tempfile.TemporaryDirectory() as made:
+    for name in arguments.models:
+      folder = pathlib.Path(made) / name
+      save_model(MODELS[name], folder)
+      result[name] = measure_model(name, folder, arguments)
+    if "contexts" in arguments.measure and "v3" in arguments.models:
+      points = measure_contexts(pathlib.Path(made) / "v3", arguments)
+      result["milliseconds_per_step_by_context"] = points
+      if arguments.plot:
+        plot(points, arguments.plot)
+  interleave.report(result, arguments.output)
+
+
+if __name__ == "__main__":
+  main()
