@@ -17,6 +17,7 @@ machine.
 
 import argparse
 import functools
+import json
 import os
 import pathlib
 import statistics
@@ -512,6 +513,9 @@ def main() -> None:
       folder = pathlib.Path(made) / name
       save_model(MODELS[name], folder)
       result[name] = measure_model(name, folder, arguments)
+      if arguments.output:  # it takes minutes: what is done is kept
+        text = json.dumps(result, indent=2)
+        pathlib.Path(arguments.output).write_text(text + "\n")
     if "contexts" in arguments.measure and "v3" in arguments.models:
       points = measure_contexts(pathlib.Path(made) / "v3", arguments)
       result["milliseconds_per_step_by_context"] = points

@@ -69,6 +69,8 @@ def initial_variables(
     saved = dict(config.get("model", {}))
     if not model.cfg.num_nextn_predict_layers:
       saved.pop("num_nextn_predict_layers", None)  # stays behind
+    if "converted_from" in config:
+      saved.pop("n_vocab_used", None)  # the rows; a tokenizer uses fewer ids
     check_same_model(init_from, saved, model.cfg)
     if not (folder / "summary.json").exists():
       warnings.warn(
