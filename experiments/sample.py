@@ -44,7 +44,9 @@ from rlm.sampling.generation_config import GenerationConfig
 
 # Flags that mean something with one of the kinds of folder only.
 _OF_RUNS = ("stage",)
-_OF_CHECKPOINTS = ("dtype", "output", "prompts", "slots", "system")
+_OF_CHECKPOINTS = (
+  *("dtype", "output", "prompts", "quantize", "slots", "system"),
+)
 
 
 def define_flags() -> flags.FlagValues:
@@ -58,6 +60,9 @@ def define_flags() -> flags.FlagValues:
   define("string", "stage", None, "Stage of a recipe; default: its last one.")
   define("string", "checkpoint", None, "Folder of a model: published, or ours.")
   define("string", "dtype", None, "float32 or bfloat16; default: the folder's.")
+  define(
+    "string", "quantize", None, "int8: weights in a quarter of the memory."
+  )
   define("string", "system", None, "System message of the conversation.")
   define("string", "prompt", None, "Answer this once, and exit.")
   define("string", "prompts", None, "File of prompts, one JSON object a line.")
@@ -106,6 +111,8 @@ def check_flags(values: flags.FlagValues) -> None:
     raise ValueError(
       f"--dtype={values.dtype} is not one of float32 and bfloat16."
     )
+  if values.quantize not in (None, "int8"):
+    raise ValueError(f"--quantize={values.quantize} is unknown; there is int8.")
   if values.checkpoint:
     if not pathlib.Path(values.checkpoint, "config.json").is_file():
       raise ValueError(

@@ -43,7 +43,9 @@ def open_model(
     launch.keep_compiled(values.checkpoint)  # a folder of ours, not a download
   from rlm.sampling.answering import open_checkpoint
 
-  checkpoint = open_checkpoint(folder, dtype=values.dtype)
+  checkpoint = open_checkpoint(
+    folder, dtype=values.dtype, quantize=values.quantize
+  )
   defaults = GenerationConfig()
   if checkpoint.prompts.folder is not None:
     defaults = read_generation_config(checkpoint.prompts.folder)

@@ -19,6 +19,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 
 import numpy as np
@@ -298,11 +299,21 @@ def load_model_tokenizer(name: str, n_vocab_used: int) -> Tokenizer:
   return tokenizer
 
 
+_COMPANIONS = (
+  "tokenizer_config.json",
+  "special_tokens_map.json",
+  "chat_template.jinja",
+  "generation_config.json",
+)
+
+
 def add_markers(folder: str | os.PathLike, new: str | os.PathLike) -> list[str]:
   """Copies a tokenizer.json, with the missing markers as new ids at the end.
 
   No existing id changes. DeepSeek-R1's file lacks `<answer>`; its embedding
   has 129280 rows for 128815 tokens, so that the new ids have rows already.
+
+  The files that come with it (config, chat template) are copied.
 
   Args:
     folder: holds `tokenizer.json`.
@@ -317,6 +328,9 @@ def add_markers(folder: str | os.PathLike, new: str | os.PathLike) -> list[str]:
   tokenizer.add_special_tokens(missing)
   pathlib.Path(new).mkdir(parents=True, exist_ok=True)
   tokenizer.save(str(pathlib.Path(new) / "tokenizer.json"))
+  for name in _COMPANIONS:
+    if (pathlib.Path(folder) / name).is_file():
+      shutil.copyfile(pathlib.Path(folder) / name, pathlib.Path(new) / name)
   return missing
 
 

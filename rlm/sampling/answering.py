@@ -48,6 +48,7 @@ class Checkpoint:
     cfg: its sizes; ids that its tokenizer lacks are not in use.
     stop_tokens: ids that end a completion.
     dtype: of `load_checkpoint`.
+    quantize: likewise.
   """
 
   folder: pathlib.Path
@@ -55,6 +56,7 @@ class Checkpoint:
   cfg: ModelConfig
   stop_tokens: tuple[int, ...]
   dtype: str | None
+  quantize: str | None
 
   @property
   def context(self) -> int:
@@ -86,19 +88,27 @@ class Checkpoint:
   ) -> Any:
     """The variables; see `load_checkpoint`."""
     _, variables = load_checkpoint(
-      self.folder, dtype=self.dtype, mtp=False, on_read=on_read
+      self.folder,
+      dtype=self.dtype,
+      quantize=self.quantize,
+      mtp=False,
+      on_read=on_read,
     )
     return variables
 
 
 def open_checkpoint(
-  folder: str | os.PathLike, *, dtype: str | None = None
+  folder: str | os.PathLike,
+  *,
+  dtype: str | None = None,
+  quantize: str | None = None,
 ) -> Checkpoint:
   """Reads everything but the weights.
 
   Args:
     folder: any that `load_checkpoint` reads.
     dtype: of parameters and activations; None keeps what the folder says.
+    quantize: "int8" for a quarter of the memory, or None.
 
   Raises:
     ValueError: the folder is none of these, or its tokenizer belongs to
@@ -130,6 +140,7 @@ def open_checkpoint(
     cfg=cfg,
     stop_tokens=tuple(token for token in stops if token < used),
     dtype=dtype,
+    quantize=quantize,
   )
 
 

@@ -142,7 +142,9 @@ def test_hf_names_every_missing_marker_and_add_markers_cures(tmp_path):
   ):
     HFTokenizer(folder)
   before = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  (folder / "chat_template.jinja").write_text("{{ messages }}")
   added = add_markers(folder, tmp_path / "new")
+  assert (tmp_path / "new" / "chat_template.jinja").is_file()
   assert added == ["<answer>", "</answer>"]
   tok = load_tokenizer(str(tmp_path / "new"))
   assert tok.answer_id == before.get_vocab_size()
