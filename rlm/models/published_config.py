@@ -421,7 +421,7 @@ def _published_scaling(cfg: ModelConfig) -> dict[str, Any] | None:
           " has no published form. Set both."
         )
       if scaling.mscale != 1:  # which is the default
-        fields["attention_factor"] = rope_magnitude(scaling)
+        fields["attention_factor"] = round(rope_magnitude(scaling), 12)
     if not (scaling.mscale and scaling.mscale_all_dim):
       del fields["mscale"], fields["mscale_all_dim"]
   return fields
