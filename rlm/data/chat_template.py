@@ -15,7 +15,7 @@ from typing import Any
 import jinja2
 
 from rlm import files
-from rlm.data import template_sandbox
+from rlm.data import template_purse, template_sandbox
 
 Message = Mapping[str, Any]
 
@@ -113,7 +113,7 @@ class ChatTemplate:
       raise ValueError(
         f"the chat template of {path} refuses these messages: {error}"
       ) from error
-    except template_sandbox.RunawayError as error:
+    except template_purse.RunawayError as error:
       raise ValueError(
         f"the chat template of {path} was stopped: {error}. Look at what it"
         " does before you trust the folder."

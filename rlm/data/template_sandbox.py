@@ -3,89 +3,71 @@
 A chat template is a program that came with somebody's weights. jinja2's
 immutable sandbox keeps it from Python's internals and from changing what it is
 given; it does not keep it from looping for hours or filling the memory. So
-each rendering has a purse: passes of loops, calls of macros and characters
-built are paid from it, and no single value exceeds the largest output allowed.
-Work is counted, not timed, so that a template fails everywhere or nowhere.
+each rendering has a purse (`template_purse`), and two rules hold:
 
-This stops a template that runs away, and the usual bombs. It is no jail:
-whoever serves templates of strangers to strangers renders in a child process
-with limits of the system.
+- No value, with all that it holds, exceeds the largest output allowed. An
+  operation that can make more than it is given (a product, replace, join, a
+  format, ...) is measured before it is done.
+- What is built is paid for, in bytes of memory or nearly, and so is each pass
+  of a loop, by the length of its body. All filters give lists, not generators.
+
+Of filters and methods there are those below, which is more than published
+templates use; any other is an error that names it. Work is counted, not timed,
+so that a template fails everywhere or nowhere.
+
+Memory is thus bounded by what may be paid, MAX_WORK bytes or 100 times the
+largest output if that is more, and in one operation by a small factor: the
+text of a list, JSON, `upper` or what is added to `safe` may be a dozen times as
+long as what goes in before it is seen. Time is bounded loosely: comparing and
+searching are paid by the pass around them, whatever their operands. Compiling
+is not bounded, save that it computes nothing. This is no jail: whoever serves
+templates of strangers to strangers renders in a child process with limits of
+the system.
 """
 
-import contextvars
 import datetime
 import functools
 import json
-import re
-from collections.abc import Callable, Mapping
+import types
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jinja2
 import jinja2.ext
+import jinja2.filters
 import jinja2.sandbox
 import jinja2.utils
+import markupsafe
 from jinja2 import nodes
 from jinja2.visitor import NodeTransformer
 
-STEP_COST = 1000  # what a pass of a loop costs, in characters built
-MAX_WORK = 250_000_000  # of one rendering: 250,000 passes, a second or two
+from rlm.data import template_purse
 
-# Filters and formats that turn a number into that many characters or pieces.
-_FILLING = ("batch", "center", "indent", "round", "slice", "truncate")
-_WIDE = re.compile(  # %1000000d, %*d, {:1000000d}, {:{}}
-  r"%[^a-zA-Z%]*(?:\*|\d{6})|\{[^{}]*:[^{}]*(?:\{|\d{6})"
+STEP_COST = 1000  # what a pass of a loop costs at least, in bytes built
+
+FILTERS = frozenset(
+  "abs capitalize count d default dictsort first float format indent int items"
+  " join last length list lower map max min reject rejectattr replace reverse"
+  " safe select selectattr sort string title tojson trim unique upper".split()
 )
+METHODS = {
+  str: frozenset(
+    "capitalize casefold count endswith find index isalnum isalpha isascii"
+    " isdecimal isdigit islower isnumeric isspace istitle isupper join lower"
+    " lstrip partition removeprefix removesuffix replace rfind rindex"
+    " rpartition rsplit rstrip split splitlines startswith strip swapcase title"
+    " upper".split()  # format is wrapped where it is looked up
+  ),
+  list: frozenset(("copy", "count", "index")),
+  tuple: frozenset(("count", "index")),
+  dict: frozenset(("copy", "get", "items", "keys", "values")),
+}
+
+_MAX_INDENT = 16
 
 
 class RefusalError(jinja2.TemplateError):
   """The template called raise_exception."""
-
-
-class RunawayError(jinja2.TemplateRuntimeError):
-  """The template does more work, or builds more, than it may."""
-
-
-class _Purse:
-  """What one rendering may still do.
-
-  Attributes:
-    max_chars: the largest value or output, in characters or items.
-    work: what is left, in characters built.
-  """
-
-  def __init__(self, max_chars: int):
-    self.max_chars = max_chars
-    self.work = max(MAX_WORK, 100 * max_chars)
-
-  def pay(self, cost: int) -> None:
-    self.work -= cost
-    if self.work < 0:
-      raise RunawayError("its loops do not come to an end")
-
-  def check(self, size: int) -> None:
-    if size > self.max_chars:
-      raise RunawayError(
-        f"it builds a value of {size} characters or items, where"
-        f" {self.max_chars} are allowed"
-      )
-
-  def admit(self, value: Any) -> Any:
-    """`value`, paid for if it is a text or a list."""
-    if isinstance(value, str | bytes | list | tuple):
-      self.check(len(value))
-      self.pay(len(value))
-    return value
-
-
-_purse: contextvars.ContextVar[_Purse] = contextvars.ContextVar("purse")
-
-
-def _current() -> _Purse:
-  """The purse of this rendering; a small one while a template is compiled."""
-  try:
-    return _purse.get()
-  except LookupError:
-    return _Purse(1_000_000)
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
@@ -98,11 +80,19 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       trim_blocks=True,
       lstrip_blocks=True,
       extensions=[_Generation, jinja2.ext.loopcontrols],
+      finalize=_written,
     )
-    self.filters["tojson"] = _to_json
-    self.filters = {
-      name: _bounded(name, function) for name, function in self.filters.items()
+    filters = self.filters | {
+      "format": _format,
+      "indent": _indent,
+      "join": _join,
+      "list": iter,
+      "replace": _replace,
+      "sort": _sort,
+      "title": _title,
+      "tojson": _to_json,
     }
+    self.filters = {name: _paid(filters[name]) for name in FILTERS}
     del self.globals["lipsum"]  # draws random text
     self.globals |= {
       "dict": _Dict(),
@@ -114,41 +104,74 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
   def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
     return super()._generate(_Metering().visit(source), *args, **kwargs)
 
-  def step(self) -> str:
+  # What `_Metering` calls.
+
+  def step(self, cost: int) -> str:
     """Pays for a pass of a loop or a call of a macro."""
-    _current().pay(STEP_COST)
+    template_purse.current.get().pay(cost)
     return ""
 
   def admit(self, value: Any) -> Any:
-    """Pays for a value."""
-    return _current().admit(value)
+    return template_purse.current.get().admit(value)
+
+  def charge(self, value: Any) -> Any:
+    return template_purse.current.get().charge(value)
+
+  def concat(self, parts: Iterable) -> str:
+    """What jinja joins captured output with."""
+    return template_purse.current.get().join("", map(str, parts))
 
   def call_binop(
     self, context: Any, operator: str, left: Any, right: Any
   ) -> Any:
-    purse = _current()
+    purse = template_purse.current.get()
+    if operator == "+" and isinstance(left, list) and isinstance(right, list):
+      size = purse.size(left) + purse.size(right)
+      purse.check(size)
+      return purse.charge(template_purse.SizedList(left + right, size))
     if operator == "*":
       for value, times in ((left, right), (right, left)):
-        if isinstance(value, int):
-          purse.check(value.bit_length())
-        elif isinstance(value, str | bytes | list | tuple) and _is_int(times):
+        if isinstance(times, int) and isinstance(value, str):
           purse.check(len(value) * times)
-    elif operator == "**" and _is_int(left) and _is_int(right):
-      purse.check(left.bit_length() * abs(right))
+        elif isinstance(times, int) and isinstance(value, list | tuple):
+          purse.check(purse.size(value) * times)
+        elif isinstance(times, int) and isinstance(value, int):
+          purse.check_bits(value.bit_length() + times.bit_length())
+    elif operator == "**" and isinstance(left, int) and isinstance(right, int):
+      purse.check_bits(left.bit_length() * abs(right))
     elif operator == "%" and isinstance(left, str):
-      _check_format(left)
+      purse.check_format(left, template_purse.percent_fields(left), right)
     return purse.admit(super().call_binop(context, operator, left, right))
 
   def call(__self, __context, __obj, *args, **kwargs):
-    if isinstance(getattr(__obj, "__self__", None), str | bytes | int):
-      _check_numbers((*args, *kwargs.values()))  # "x".center(10**9)
-    return _current().admit(super().call(__context, __obj, *args, **kwargs))
+    owner = getattr(__obj, "__self__", None)
+    if owner is __self:  # by `_Metering`
+      return __obj(*args)
+    purse = template_purse.current.get()
+    given = {
+      name: value
+      for name, value in kwargs.items()
+      if name not in ("_block_vars", "_loop_vars")  # jinja's own
+    }
+    # A macro may keep them, as `varargs` and `kwargs`.
+    purse.charge((*args, *given.values()))
+    purse.check(purse.size((*args, *given.values())))
+    if isinstance(__obj, types.BuiltinMethodType) or isinstance(owner, str):
+      _check_method(purse, owner, __obj.__name__, (*args, *given.values()))
+    return purse.admit(super().call(__context, __obj, *args, **kwargs))
 
   def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
     wrapped = super().wrap_str_format(value)
-    if wrapped is not None:
-      _check_format(value.__self__)
-    return wrapped
+    if wrapped is None:
+      return None
+
+    def bounded(*args, **kwargs):
+      text = value.__self__
+      fields = template_purse.brace_fields(text)
+      template_purse.current.get().check_format(text, fields, (args, kwargs))
+      return wrapped(*args, **kwargs)
+
+    return bounded
 
 
 def render(
@@ -166,8 +189,8 @@ def render(
     RunawayError: it wrote or worked more than it may.
     Exception: any other, from an operation that does not suit a value.
   """
-  purse = _Purse(max_chars)
-  token = _purse.set(purse)
+  purse = template_purse.Purse(max_chars, variables)
+  token = template_purse.current.set(purse)
   try:
     parts: list[str] = []
     length = 0
@@ -178,7 +201,7 @@ def render(
       purse.pay(len(part))
     return "".join(parts)
   finally:
-    _purse.reset(token)
+    template_purse.current.reset(token)
 
 
 class _Generation(jinja2.ext.Extension):
@@ -196,26 +219,54 @@ class _Generation(jinja2.ext.Extension):
 
 
 class _Metering(NodeTransformer):
-  """Makes loops, macros, `~` and captured blocks pay."""
+  """Makes loops, macros and whatever builds a value pay."""
 
   def visit_For(self, node: nodes.For) -> nodes.Node:
+    step = _step(node)
     self.generic_visit(node)
-    node.body.insert(0, nodes.ExprStmt(_call("step", node), lineno=node.lineno))
+    if node.test is None:
+      node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
+    else:  # passes that it leaves out are passes
+      node.test = nodes.Or(step, node.test, lineno=node.lineno)
     return node
 
   def visit_Macro(self, node: nodes.Macro) -> nodes.Node:
-    return self.visit_For(node)  # type: ignore[arg-type]
+    step = _step(node)
+    self.generic_visit(node)
+    node.body.insert(0, nodes.ExprStmt(step, lineno=node.lineno))
+    return node
 
-  def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+  visit_Block = visit_CallBlock = visit_Macro
+
+  def visit_List(self, node: nodes.Expr) -> nodes.Node:
     self.generic_visit(node)
     return _call("admit", node, node)
 
-  def visit_AssignBlock(self, node: nodes.AssignBlock) -> nodes.Node:
+  visit_Dict = visit_List
+
+  def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+    if node.ctx == "load":
+      return self.visit_List(node)
+    return self.generic_visit(node)
+
+  def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
     self.generic_visit(node)
-    node.filter = nodes.Filter(  # "string" is a filter, so it is `_bounded`
-      node.filter, "string", [], [], None, None, lineno=node.lineno
-    )
+    if isinstance(node.arg, nodes.Slice):  # a copy
+      return _call("charge", node, node)
     return node
+
+  def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
+    self.generic_visit(node)
+    return _call("concat", node, nodes.List(node.nodes, lineno=node.lineno))
+
+  def visit_ScopedEvalContextModifier(self, node: nodes.Node) -> nodes.Node:
+    raise jinja2.TemplateSyntaxError("autoescape is not offered", node.lineno)
+
+
+def _step(node: nodes.Node) -> nodes.Call:
+  length = sum(1 for _ in node.find_all(nodes.Node))
+  cost = max(STEP_COST, template_purse.POINTER_COST * length)
+  return _call("step", node, nodes.Const(cost, lineno=node.lineno))
 
 
 def _call(method: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Call:
@@ -226,50 +277,135 @@ def _call(method: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Call:
   return call
 
 
-def _bounded(name: str, function: Callable) -> Callable:
+def _written(value: Any) -> Any:
+  """What {{ value }} writes, which a macro may keep for long."""
+  purse = template_purse.current.get(None)
+  if purse is None or isinstance(value, str):  # None: while it is compiled
+    return value
+  return purse.admit(str(value))
+
+
+def _paid(function: Callable) -> Callable:
   """A filter that pays for its result; attributes that jinja reads stay."""
 
   @functools.wraps(function)
-  def bounded(*args, **kwargs):
-    if name in _FILLING:  # the first argument is its input, or the environment
-      _check_numbers((*args[1:], *kwargs.values()))
-    elif name == "format":
-      _check_format(str(args[0]))
-    return _current().admit(function(*args, **kwargs))
+  def paid(*args, **kwargs):
+    # There is none while one compiles, so that nothing is computed then.
+    purse = template_purse.current.get()
+    return purse.admit(function(*args, **kwargs))
 
-  return bounded
+  return paid
 
 
-def _is_int(value: Any) -> bool:
-  return isinstance(value, int)
+def _check_method(
+  purse: template_purse.Purse, owner: Any, name: str, args: tuple
+) -> None:
+  """Refuses a method that is not known, or one that would make too much."""
+  kind = next((kind for kind in METHODS if isinstance(owner, kind)), None)
+  if kind is None or name not in METHODS[kind]:
+    raise jinja2.sandbox.SecurityError(
+      f"it calls {type(owner).__name__}.{name}, which is not offered"
+    )
+  if kind is not str:
+    return
+  if name == "replace" and len(args) >= 2:
+    new = args[1]
+    if isinstance(owner, markupsafe.Markup):
+      new = owner.escape(new)
+    purse.check_replace(owner, args[0], new, *args[2:])
+  elif name == "join" and args and hasattr(args[0], "__len__"):
+    purse.check(purse.size(args[0]) + len(owner) * len(args[0]))
+  elif name in ("split", "rsplit"):
+    between = next((arg for arg in args if isinstance(arg, str)), "")
+    pieces = owner.count(between) if between else len(owner) // 2
+    purse.pay(template_purse.OBJECT_COST * pieces)
+  elif name == "splitlines":
+    purse.pay(template_purse.OBJECT_COST * template_purse.count_lines(owner))
 
 
-def _check_numbers(values: tuple) -> None:
-  for value in filter(_is_int, values):
-    _current().check(abs(value))
+# Filters in place of jinja's, which do not look at sizes.
 
 
-def _check_format(text: str) -> None:
-  """Refuses a format that grows within one operation."""
-  if _WIDE.search(text):
-    raise RunawayError("it formats with a width of six digits, or a free one")
+def _format(value: Any, *args: Any, **kwargs: Any) -> str:
+  text = str(value)
+  fields = template_purse.percent_fields(text)
+  template_purse.current.get().check_format(text, fields, (args, kwargs))
+  return jinja2.filters.do_format(value, *args, **kwargs)
+
+
+def _indent(
+  value: str, width: int | str = 4, first: bool = False, blank: bool = False
+) -> str:
+  purse, lines = template_purse.current.get(), template_purse.count_lines(value)
+  size = len(width) if isinstance(width, str) else width
+  purse.check(len(value) + lines * (1 + size))
+  purse.pay(template_purse.OBJECT_COST * lines)
+  return jinja2.filters.do_indent(value, width, first, blank)
+
+
+@jinja2.pass_environment
+def _join(
+  environment: jinja2.Environment,
+  value: Iterable,
+  d: str = "",
+  attribute: str | int | None = None,
+) -> str:
+  if attribute is not None:
+    value = map(jinja2.filters.make_attrgetter(environment, attribute), value)
+  return template_purse.current.get().join(str(d), map(str, value))
+
+
+def _replace(value: Any, old: Any, new: Any, count: int | None = None) -> str:
+  text, old, new = str(value), str(old), str(new)
+  count = -1 if count is None else count
+  template_purse.current.get().check_replace(text, old, new, count)
+  return text.replace(old, new, count)
+
+
+@jinja2.pass_environment
+def _sort(
+  environment: jinja2.Environment,
+  value: Iterable,
+  reverse: bool = False,
+  case_sensitive: bool = False,
+  attribute: str | int | None = None,
+) -> list:
+  purse, values = template_purse.current.get(), list(value)
+  keys = str(attribute).count(",") + 1  # each is a copy in small letters
+  purse.check(keys * purse.size(values))
+  return jinja2.filters.do_sort(
+    environment, values, reverse, case_sensitive, attribute
+  )
+
+
+def _title(value: Any) -> str:
+  text = str(value)
+  # It is cut into words.
+  template_purse.current.get().pay(template_purse.OBJECT_COST * len(text))
+  return jinja2.filters.do_title(text)
 
 
 def _to_json(
   value: Any,
   ensure_ascii: bool = False,
-  indent: int | None = None,
+  indent: int | str | None = None,
   separators: tuple[str, str] | None = None,
   sort_keys: bool = False,
 ) -> str:
   """JSON as it is: jinja's own filter escapes for HTML and spells out é."""
-  return json.dumps(
-    value,
+  if indent is not None:
+    size = len(indent) if isinstance(indent, str) else indent
+    if size > _MAX_INDENT:
+      raise template_purse.RunawayError(
+        f"it indents by {size}, where {_MAX_INDENT} are allowed"
+      )
+  encoder = json.JSONEncoder(
     ensure_ascii=ensure_ascii,
     indent=indent,
     separators=separators,
     sort_keys=sort_keys,
   )
+  return template_purse.current.get().join("", encoder.iterencode(value))
 
 
 def _raise_exception(message: str) -> None:
@@ -277,6 +413,8 @@ def _raise_exception(message: str) -> None:
 
 
 def _strftime_now(format: str) -> str:
+  # The buffer that Python may take for it.
+  template_purse.current.get().check(256 * len(format))
   return datetime.datetime.now().strftime(format)
 
 
@@ -302,6 +440,9 @@ class _Namespace(jinja2.utils.Namespace):
   def __setitem__(self, name: str, value: Any) -> None:
     _check_name(name)
     jinja2.utils.Namespace.__setitem__(self, name, value)
+
+  def __repr__(self) -> str:  # may hold itself, or more than was measured
+    return "<Namespace>"
 
 
 def _check_name(name: str) -> None:

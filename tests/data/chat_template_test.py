@@ -4,7 +4,7 @@ import re
 import jinja2
 import pytest
 
-from rlm.data import template_sandbox
+from rlm.data import template_purse
 from rlm.data.chat_template import ChatTemplate
 from tests.data import published_folder as published
 
@@ -205,6 +205,8 @@ def test_a_template_that_cannot_be_read(template):
     ValueError, match=r"tokenizer_config\.json is no Jinja .* line 2"
   ):
     template("\n{% if %}")
+  with pytest.raises(ValueError, match="line 1: No filter named 'center'"):
+    template("{{ 'a' | center(1000000000) }}")
   with pytest.raises(ValueError, match="nests too deep"):
     template("{{ " + "(" * 5000 + ")" * 5000 + " }}")
 
@@ -219,6 +221,8 @@ def test_a_template_that_cannot_be_read(template):
     "{% set n = namespace() %}{% set n._x = 1 %}",
     "{{ '{0.__class__.x}'.format(messages) }}",
     "{{ dict.__call__.x }}",
+    "{{ 'a'.center(1000000000) }}",
+    "{{ (5).to_bytes(1000000000) }}",
   ],
 )
 def test_the_sandbox_holds(template, source):
@@ -243,8 +247,6 @@ def test_the_sandbox_holds(template, source):
     "{% set n.x = n.x + n.x %}{% endfor %}",
     "{{ 'a' * 10**9 }}",
     "{{ 9 ** (9 ** 9) }}",
-    "{{ 'a'.center(1000000000) }}",
-    "{{ 'a' | center(1000000000) }}",
     "{{ '%1000000000d' % 1 }}",
     "{{ '%1000000000d' | format(1) }}",
     "{{ '{:{}}'.format(1, 1000000000) }}",
@@ -252,7 +254,7 @@ def test_the_sandbox_holds(template, source):
   ],
 )
 def test_a_runaway_is_stopped(template, source, monkeypatch):
-  monkeypatch.setattr(template_sandbox, "MAX_WORK", 30_000_000)
+  monkeypatch.setattr(template_purse, "MAX_WORK", 30_000_000)
   with pytest.raises(ValueError, match=r"config\.json was stopped: it"):
     template(source).render([ASK])
 
