@@ -140,7 +140,11 @@ def torch_generate(
   made, unusable = {}, {}
   for variant in torch_deepseek.VARIANTS:
     for precision, (dtype, autocast) in precisions.items():
-      model = make_model(variant).to(dtype).eval()
+      try:
+        model = make_model(variant).to(dtype).eval()
+      except NotImplementedError as error:
+        unusable[f"{variant},{precision}"] = str(error)
+        continue
       for way, complete in ways.items():
         name = f"{variant},{precision},{way}"
 
