@@ -71,6 +71,7 @@ def clone(tmp_path):
 BASE = "-m pip install --no-compile --editable ."
 TEST = "-m pip install --no-compile --editable .[test]"
 VENV = "-m venv --clear .venv"
+TESTS = "-m pytest -n auto --maxprocesses 8 --dist loadgroup"
 R1 = "-m experiments.r1 --config=configs/r1/laptop.py --workdir=runs/quickstart"
 
 
@@ -86,8 +87,8 @@ def test_quickstart_installs_once_and_passes_flags_on(clone):
 def test_tests_need_their_extra_and_take_pytest_arguments(clone):
   clone("tools/quickstart")
   _, _, calls = clone("tools/test", "-k", "a b", "--full")
-  assert calls == [TEST, "-m pytest -k a b -m not gpu and not tpu"]
-  assert clone("tools/test")[2] == ["-m pytest"]
+  assert calls == [TEST, f"{TESTS} -k a b -m not gpu and not tpu"]
+  assert clone("tools/test")[2] == [TESTS]
   assert clone("tools/quickstart")[2][0] == R1  # the base list still stands
 
 
@@ -95,20 +96,20 @@ def test_other_requirements_install_again(clone):
   clone("tools/test")
   with (clone.root / "setup.cfg").open("a") as file:
     file.write("# one more\n")
-  assert clone("tools/test")[2] == [TEST, "-m pytest"]
+  assert clone("tools/test")[2] == [TEST, TESTS]
 
 
 def test_a_moved_clone_installs_again(clone, tmp_path):
   clone("tools/test")
   clone.root = clone.root.rename(tmp_path / "elsewhere")
-  assert clone("tools/test")[2] == [TEST, "-m pytest"]
+  assert clone("tools/test")[2] == [TEST, TESTS]
 
 
 def test_a_failed_install_begins_from_nothing(clone):
   status, _, calls = clone("tools/test", pip=1)
   assert status != 0
   assert calls == [VENV, TEST]  # and no pytest
-  assert clone("tools/test")[2] == [VENV, TEST, "-m pytest"]
+  assert clone("tools/test")[2] == [VENV, TEST, TESTS]
 
 
 def test_an_environment_of_someone_else_is_not_cleared(clone):
