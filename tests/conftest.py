@@ -12,6 +12,7 @@ os.environ.setdefault("MPLBACKEND", "agg")
 import hypothesis
 import jax
 import pytest
+from xdist import scheduler
 
 jax.config.update("jax_num_cpu_devices", 8)
 # A [B] array that meets a [B, T] array is a bug here, never a convenience.
@@ -22,13 +23,18 @@ hypothesis.settings.register_profile("rlm", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("rlm")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """Where tests run in several processes, those that share stay together."""
-  for item in items:
-    shared = {"recipes", "whole"} & set(item.fixturenames)
-    group = "recipes" if shared else str(item.path)
-    item.add_marker(pytest.mark.xdist_group(group))
+class _ByFile(scheduler.LoadFileScheduling):
+  """A file's tests in one process, which compiles what they share once."""
+
+  def _split_scope(self, nodeid):
+    file = super()._split_scope(nodeid)
+    # These share a recipe that takes a minute and a half to run.
+    shared = ("experiments/r1_test.py", "experiments/recipe_kill_test.py")
+    return "recipe" if file.endswith(shared) else file
+
+
+def pytest_xdist_make_scheduler(config, log):
+  return _ByFile(config, log)
 
 
 @pytest.fixture(autouse=True)

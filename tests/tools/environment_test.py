@@ -71,7 +71,7 @@ def clone(tmp_path):
 BASE = "-m pip install --no-compile --editable ."
 TEST = "-m pip install --no-compile --editable .[test]"
 VENV = "-m venv --clear .venv"
-TESTS = "-m pytest -n auto --maxprocesses 8 --dist loadgroup"
+TESTS = "-m pytest -n auto --maxprocesses 8 --dist loadfile"
 R1 = "-m experiments.r1 --config=configs/r1/laptop.py --workdir=runs/quickstart"
 
 
