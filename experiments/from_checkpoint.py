@@ -27,8 +27,6 @@ def fill_model(c: Any, workdir: str) -> Any:
   Raises:
     ValueError: something is left out and init_from is no model's folder.
   """
-  from rlm.checkpoint.convert import PUBLISHED
-  from rlm.data.tokenizer import load_tokenizer
   from rlm.models.config import ModelConfig
 
   values = plain(c)
@@ -56,9 +54,13 @@ def fill_model(c: Any, workdir: str) -> Any:
       f" config.init_from={source!r}, which holds no config.json. Name the"
       " folder of a published model or of a run."
     )
+  from rlm.checkpoint.convert import PUBLISHED
+  from rlm.data.tokenizer import load_tokenizer
+
   saved = files.read_json(config_file)
   if "model_type" in saved:
-    model, tokenizer = _published(source), source
+    model = plain(dataclasses.asdict(ModelConfig.from_hf(source)))
+    tokenizer = source
   else:
     model, tokenizer = saved.get("model", {}), saved.get("tokenizer")
     if tokenizer is None and "converted_from" in saved:
@@ -76,10 +78,3 @@ def fill_model(c: Any, workdir: str) -> Any:
     model = model | {"n_vocab_used": used}
   values["model"] = model | given
   return values
-
-
-def _published(folder: str) -> dict[str, Any]:
-  """The section of a published folder."""
-  from rlm.models.published_config import read_published_config
-
-  return plain(dataclasses.asdict(read_published_config(folder)))

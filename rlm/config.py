@@ -108,6 +108,22 @@ def plain(value: Any) -> Any:
   return value
 
 
+def id_list(value: Any, where: str) -> tuple[int, ...]:
+  """Token ids that a file gives as one, as a list or as null.
+
+  Args:
+    value: of `eos_token_id`, say.
+    where: what it is, for the message.
+
+  Raises:
+    ValueError: it is something else.
+  """
+  ids = [] if value is None else value if isinstance(value, list) else [value]
+  if not all(type(i) is int for i in ids):
+    raise ValueError(f"{where}={value!r} is no id and no list of ids.")
+  return tuple(ids)
+
+
 def did_you_mean(name: Any, names: collections.abc.Iterable[str]) -> str:
   """Closes a sentence about an unknown `name`: '; did you mean ...?' or '.'."""
   near = difflib.get_close_matches(str(name), list(names), n=1, cutoff=0.5)

@@ -115,7 +115,7 @@ def write_checkpoint(
     cfg,
     shapes(Transformer(cfg)),
     read,
-    stored=stored,  # type: ignore[arg-type]
+    stored=stored,
     max_shard_bytes=int(written / shards),
   )
 

@@ -18,9 +18,10 @@ machine.
 import argparse
 import dataclasses
 import functools
+import itertools
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -86,18 +87,21 @@ def torch_generate(
   new_tokens: int,
   *,
   rounds: int,
-  make_model: Callable | None = None,
+  models: Mapping[str, Callable[[], Any]],
 ) -> tuple[Callable[[], None], dict[str, object]]:
   """The same with transformers, in the fastest variant for these shapes.
 
-  `make_model` makes it of a Variant; None is a random DeepseekV3.
+  Args:
+    cfg: our config; its dtype says the precision.
+    prompts: int32 [rows, length].
+    new_tokens: of each row.
+    rounds: repetitions of each variant, to pick one.
+    models: name of each variant -> what makes its model.
+
+  Returns:
+    One repetition, and what was tried.
   """
   import torch
-
-  from tools import torch_deepseek
-
-  if make_model is None:
-    make_model = functools.partial(torch_deepseek.make_model, cfg)
 
   ids = torch.from_numpy(prompts.astype(np.int64))
 
@@ -137,29 +141,20 @@ def torch_generate(
       "autocast": (torch.float32, True),
       "bfloat16 weights": (torch.bfloat16, False),
     }
-  made, unusable = {}, {}
-  for variant in torch_deepseek.VARIANTS:
-    for precision, (dtype, autocast) in precisions.items():
-      try:
-        model = make_model(variant).to(dtype).eval()
-      except NotImplementedError as error:
-        unusable[f"{variant},{precision}"] = str(error)
-        continue
-      for way, complete in ways.items():
-        name = f"{variant},{precision},{way}"
 
-        def run(model=model, autocast=autocast, complete=complete):
-          complete(model, autocast)
+  @functools.cache  # both ways share one
+  def model_of(variant, precision):
+    return models[variant]().to(precisions[precision][0]).eval()
 
-        try:
-          run()
-        except (NotImplementedError, RuntimeError) as error:
-          unusable[name] = str(error).splitlines()[0]
-          continue
-        made[name] = run
-  name, seconds = interleave.fastest(made, rounds=rounds)
-  tried = {"variant": name, "seconds": seconds, "unusable": unusable}
-  return made[name], tried
+  def make(variant, precision, way):
+    model, autocast = model_of(variant, precision), precisions[precision][1]
+    return lambda: ways[way](model, autocast)
+
+  variants = itertools.product(models, precisions, ways)
+  return interleave.fastest_usable(
+    {",".join(names): functools.partial(make, *names) for names in variants},
+    rounds=rounds,
+  )
 
 
 def compare(cfg: ModelConfig, rows: int, arguments: argparse.Namespace) -> dict:
@@ -169,8 +164,14 @@ def compare(cfg: ModelConfig, rows: int, arguments: argparse.Namespace) -> dict:
   ours = rlm_generate(cfg, prompts, new_tokens, devices=arguments.devices)
   rivals, result = {"rlm": ours}, {}
   if not arguments.alone:
+    from tools import torch_deepseek
+
     rivals["torch"], result["torch_variants"] = torch_generate(
-      cfg, prompts, new_tokens, rounds=arguments.variant_rounds
+      cfg,
+      prompts,
+      new_tokens,
+      rounds=arguments.variant_rounds,
+      models=torch_deepseek.random_models(cfg),
     )
   measured = interleave.rates(
     rivals, tokens=rows * new_tokens, rounds=arguments.rounds

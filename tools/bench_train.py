@@ -19,7 +19,7 @@ import functools
 import os
 import runpy
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -134,23 +134,31 @@ def torch_steps(
   steps: int,
   *,
   rounds: int,
-  make_model: Callable | None = None,
+  models: Mapping[str, Callable[[], Any]],
 ) -> tuple[Callable[[], None], int, dict[str, object]]:
   """The same with transformers, in the fastest variant for these shapes.
 
-  `make_model` makes it of a Variant; None is a random DeepseekV3.
+  Args:
+    cfg: our config; its dtype says the precision.
+    tokens: int32 [rows, length].
+    steps: of one repetition.
+    rounds: repetitions of each variant, to pick one.
+    models: name of each variant -> what makes its model.
+
+  Returns:
+    One repetition, the number of parameters, and what was tried.
   """
   import torch
 
   from tools import torch_deepseek
 
-  if make_model is None:
-    make_model = functools.partial(torch_deepseek.make_model, cfg)
-
   ids = torch.from_numpy(tokens.astype(np.int64))
 
-  def make(variant):
-    model = make_model(variant).train()
+  counts = set()
+
+  def make(make_model):
+    model = make_model().train()
+    counts.add(torch_deepseek.count_parameters(model))
     optimizer = torch.optim.AdamW(
       model.parameters(),
       lr=LEARNING_RATE,
@@ -161,7 +169,7 @@ def torch_steps(
     )
     mixed = cfg.dtype == "bfloat16"
 
-    def run(steps=steps):
+    def run():
       for _ in range(steps):
         with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
           loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -171,22 +179,14 @@ def torch_steps(
         optimizer.step()
       loss.item()
 
-    return run, torch_deepseek.count_parameters(model)
+    return run
 
-  made, unusable = {}, {}
-  for variant in torch_deepseek.VARIANTS:
-    try:
-      run, count = make(variant)
-      run(1)
-    except (NotImplementedError, RuntimeError) as error:
-      unusable[str(variant)] = str(error).splitlines()[0]
-      continue
-    made[str(variant)] = run
-  name, seconds = interleave.fastest(
-    {n: (lambda run=run: run(1)) for n, run in made.items()}, rounds=rounds
+  run, tried = interleave.fastest_usable(
+    {name: functools.partial(make, m) for name, m in models.items()},
+    rounds=rounds,
   )
-  tried = {"variant": name, "step_seconds": seconds, "unusable": unusable}
-  return made[name], count, tried
+  (count,) = counts
+  return run, count, tried
 
 
 def compare(cfg: ModelConfig, arguments: argparse.Namespace) -> dict:
@@ -204,8 +204,14 @@ def compare(cfg: ModelConfig, arguments: argparse.Namespace) -> dict:
   rivals = {"rlm": made[name]}
   result: dict = {"rlm_variants": {"variant": name, "seconds": seconds}}
   if not arguments.alone:
+    from tools import torch_deepseek
+
     run, torch_count, tried = torch_steps(
-      cfg, tokens, arguments.steps, rounds=arguments.rounds
+      cfg,
+      tokens,
+      arguments.steps,
+      rounds=arguments.rounds,
+      models=torch_deepseek.random_models(cfg),
     )
     if count != torch_count:
       raise ValueError(

@@ -22,7 +22,7 @@ import os
 import pathlib
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -127,38 +127,53 @@ def save_model(cfg: ModelConfig, folder: pathlib.Path) -> None:
   export_published(folder, cfg, variables, read, stored="float32")
 
 
-def load_torch(
-  folder: pathlib.Path, variant: Any, *, experts: tuple[str, ...] = ("eager",)
-) -> Any:
-  """The folder's model by transformers, float32, in one of its variants.
+def torch_models(
+  cfg: ModelConfig, folder: pathlib.Path, experts: Sequence[str]
+) -> dict[str, Callable[[], Any]]:
+  """What loads the folder's model by transformers, float32, in each variant.
 
-  Raises:
-    NotImplementedError: the variant is left out.
+  Args:
+    cfg: the model's sizes.
+    folder: its published folder.
+    experts: implementations of the experts to try; a dense model has none.
+
+  Returns:
+    Name of each variant -> what makes its model.
   """
   import torch
   import transformers
 
-  options = {"attn_implementation": variant.attention}
-  config = transformers.AutoConfig.from_pretrained(folder)
-  if config.model_type == "deepseek_v3":
-    if variant.experts not in experts:
-      raise NotImplementedError("left out by --experts")
-    options["experts_implementation"] = variant.experts
-  elif variant.experts != "eager":
-    raise NotImplementedError("a dense model has no experts")
-  return transformers.AutoModelForCausalLM.from_pretrained(
-    folder, dtype=torch.float32, **options
+  from tools import torch_deepseek
+
+  load = functools.partial(
+    transformers.AutoModelForCausalLM.from_pretrained,
+    folder,
+    dtype=torch.float32,
   )
+  if cfg.is_dense:
+    return {
+      f"attention={attention}": functools.partial(
+        load, attn_implementation=attention
+      )
+      for attention in torch_deepseek.ATTENTION
+    }
+  return {
+    str(variant): functools.partial(
+      load,
+      attn_implementation=variant.attention,
+      experts_implementation=variant.experts,
+    )
+    for variant in torch_deepseek.VARIANTS
+    if variant.experts in experts
+  }
 
 
-def largest_difference(model, variables, folder: pathlib.Path) -> float:
+def largest_difference(model, variables, make_theirs: Callable) -> float:
   """Of the two sides' logits: they must be one model."""
   import torch
 
-  from tools import torch_deepseek
-
   tokens = bench_train.random_tokens(model.cfg, 2, 64)
-  theirs = load_torch(folder, torch_deepseek.VARIANTS[0]).eval()
+  theirs = make_theirs().eval()
   with torch.inference_mode():
     logits = theirs(torch.from_numpy(tokens.astype(np.int64))).logits.numpy()
   off = float(np.abs(model.logits(variables, tokens) - logits).max())
@@ -191,33 +206,27 @@ def rlm_prefill(model, variables, tokens, *, devices: int):
   return lambda: jax.block_until_ready(divided(variables, tokens))
 
 
-def torch_prefill(make_model: Callable, tokens, *, rounds: int):
+def torch_prefill(
+  models: Mapping[str, Callable[[], Any]], tokens, *, rounds: int
+):
   """The same with transformers in its fastest variant."""
   import torch
 
-  from tools import torch_deepseek
-
   ids = torch.from_numpy(tokens.astype(np.int64))
-  made, unusable = {}, {}
-  for variant in torch_deepseek.VARIANTS:
-    try:
-      model = make_model(variant).eval()
 
-      def run(model=model):
-        with torch.inference_mode():
-          model(ids, use_cache=True, logits_to_keep=1)
+  def make(make_model):
+    model = make_model().eval()
 
-      run()
-    except (NotImplementedError, RuntimeError) as error:
-      unusable[str(variant)] = str(error).splitlines()[0]
-      continue
-    made[str(variant)] = run
-  name, seconds = interleave.fastest(made, rounds=rounds)
-  return made[name], {
-    "variant": name,
-    "seconds": seconds,
-    "unusable": unusable,
-  }
+    def run():
+      with torch.inference_mode():
+        model(ids, use_cache=True, logits_to_keep=1)
+
+    return run
+
+  return interleave.fastest_usable(
+    {name: functools.partial(make, m) for name, m in models.items()},
+    rounds=rounds,
+  )
 
 
 def measure_model(name: str, folder: pathlib.Path, arguments) -> dict[str, Any]:
@@ -225,10 +234,11 @@ def measure_model(name: str, folder: pathlib.Path, arguments) -> dict[str, Any]:
   model, variables = rlm.load_checkpoint(folder, dtype="float32")
   cfg = MODELS[name]
   model = Transformer(cfg)
-  make_torch = functools.partial(load_torch, folder, experts=arguments.experts)
+  models = torch_models(cfg, folder, arguments.experts)
+  first = next(iter(models.values()))
   result: dict[str, Any] = {
     "parameters": sum(x.size for x in jax.tree.leaves(variables["params"])),
-    "largest_logit_difference": largest_difference(model, variables, folder),
+    "largest_logit_difference": largest_difference(model, variables, first),
   }
   if "train" in arguments.measure:
     tokens = bench_train.random_tokens(cfg, *arguments.train)
@@ -250,7 +260,7 @@ def measure_model(name: str, folder: pathlib.Path, arguments) -> dict[str, Any]:
       tokens,
       arguments.steps,
       rounds=arguments.variant_rounds,
-      make_model=make_torch,
+      models=models,
     )
     result["train"] = _race(
       {"rlm": made[best], "torch": theirs},
@@ -263,7 +273,7 @@ def measure_model(name: str, folder: pathlib.Path, arguments) -> dict[str, Any]:
     tokens = bench_train.random_tokens(cfg, *arguments.prefill)
     ours = rlm_prefill(model, variables, tokens, devices=arguments.devices)
     theirs, tried = torch_prefill(
-      make_torch, tokens, rounds=arguments.variant_rounds
+      models, tokens, rounds=arguments.variant_rounds
     )
     result["prefill"] = _race(
       {"rlm": ours, "torch": theirs},
@@ -282,7 +292,7 @@ def measure_model(name: str, folder: pathlib.Path, arguments) -> dict[str, Any]:
       prompts,
       new,
       rounds=arguments.variant_rounds,
-      make_model=make_torch,
+      models=models,
     )
     result["sampling"] = _race(
       {"rlm": ours, "torch": theirs},
@@ -306,16 +316,11 @@ def _race(rivals, tokens: int, rounds: int, **more) -> dict[str, Any]:
 
 def measure_contexts(folder: pathlib.Path, arguments) -> list[dict[str, Any]]:
   """See tools/decode_by_context.py."""
-  from tools import torch_deepseek
-
   _, variables = rlm.load_checkpoint(folder, dtype="float32")
-  torch_models = {}
-  for variant in torch_deepseek.VARIANTS:
-    if variant.experts in arguments.experts:
-      made = load_torch(folder, variant, experts=arguments.experts)
-      torch_models[str(variant)] = made.eval()
+  models = torch_models(MODELS["v3"], folder, arguments.experts)
+  theirs = {name: make().eval() for name, make in models.items()}
   return decode_by_context.measure(
-    Transformer(MODELS["v3"]), variables, torch_models, arguments
+    Transformer(MODELS["v3"]), variables, theirs, arguments
   )
 
 

@@ -7,7 +7,7 @@ r"""Converts weights between the published format and ours.
 
 The input is recognised: a published folder (config.json with model_type and
 safetensors), a run's or a recipe stage's workdir, or a folder converted before.
-`hf` is what transformers and vLLM load: config.json, generation config,
+`hf` is the layout that transformers loads: config.json, generation config,
 tokenizer files, shards and their index, MTP included. A published folder may be
 written as `hf` in another dtype. To `rlm` an interrupted conversion continues;
 to `hf` it starts anew. `fp8` is E4M3 in blocks of 128x128; weights that came in

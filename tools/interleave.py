@@ -60,6 +60,33 @@ def fastest(
   return min(seconds, key=seconds.__getitem__), seconds
 
 
+def fastest_usable(
+  variants: Mapping[str, Callable[[], Callable[[], None]]], *, rounds: int
+) -> tuple[Callable[[], None], dict[str, object]]:
+  """The fastest of those variants that can be made and run at all.
+
+  Args:
+    variants: name -> a function that makes one repetition.
+    rounds: as in `rates`.
+
+  Returns:
+    One repetition of the fastest, and what was tried: its name, the seconds of
+    all, and why others could not run.
+  """
+  made, unusable = {}, {}
+  for name, make in variants.items():
+    try:
+      run = make()
+      run()
+    except (NotImplementedError, RuntimeError) as error:  # torch's refusals
+      unusable[name] = str(error).splitlines()[0]
+      continue
+    made[name] = run
+  name, seconds = fastest(made, rounds=rounds)
+  tried = {"variant": name, "seconds": seconds, "unusable": unusable}
+  return made[name], tried
+
+
 def summary(measured: list[float]) -> dict[str, object]:
   """Median, extremes and all rounds of one rival, in tokens per second."""
   return {

@@ -5,6 +5,8 @@ and precision count here.
 """
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import torch
 import transformers
@@ -66,6 +68,13 @@ def make_model(
   )
   torch.manual_seed(0)
   return transformers.DeepseekV3ForCausalLM(config)
+
+
+def random_models(
+  cfg: ModelConfig,
+) -> dict[str, Callable[[], transformers.DeepseekV3ForCausalLM]]:
+  """Name of every variant -> what makes the model in it."""
+  return {str(v): functools.partial(make_model, cfg, v) for v in VARIANTS}
 
 
 def count_parameters(model: torch.nn.Module) -> int:

@@ -7,15 +7,15 @@ lies in `published/` and goes out with it again.
 
 A leaf is gathered in a file, tensor by tensor: interrupted, the same command
 continues after the last tensors that were whole. Orbax then holds the model in
-memory once while it saves, as an export of a converted one does.
+memory while it saves; an export of one of our folders holds it about twice.
 """
 
 import dataclasses
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -37,14 +37,36 @@ from rlm.checkpoint.tensor_files import open_tensors
 from rlm.checkpoint.tensor_writer import TensorWriter
 from rlm.config import plain
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
+from rlm.models.config import ModelConfig
 from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
 
 PUBLISHED = "published"  # folder of what came with the model
 _SCALES = "fp8_scales"
 _STAGE = ".converting"
+_MARK_BYTES = 1 << 28  # an interruption costs so much reading at most
 
 Report = Callable[[int, int], None]
+
+
+class _Source(NamedTuple):
+  """What an export reads from.
+
+  Attributes:
+    cfg: the model's sizes.
+    shapes: its variables, or their shapes.
+    read: (leaf, tensor) -> the tensor as published.
+    original: the config.json that the model came with, or None.
+    scales: of the FP8 weights that it came with.
+    carried: folder of the files that go with it.
+  """
+
+  cfg: ModelConfig
+  shapes: Any
+  read: Callable[[str, Tensor], np.ndarray]
+  original: dict[str, Any] | None
+  scales: dict[str, np.ndarray]
+  carried: pathlib.Path
 
 
 def import_published(
@@ -122,45 +144,22 @@ def export_checkpoint(
   source, target = pathlib.Path(source), pathlib.Path(target)
   config = files.read_json(source / "config.json")
   if "model_type" in config:
-    cfg = read_published_config(source)
-    wanted = shapes(Transformer(cfg))
-    weights = PublishedWeights(source, cfg, wanted)
-    weights.check_copies()
-    scales: Mapping[str, np.ndarray] = weights.scales()
-    original, carried = config, source
-
-    def read(leaf: str, tensor: Tensor) -> np.ndarray:
-      return weights.read(tensor.name)
+    found = _published_source(source, config)
   else:
-    model, variables = load_checkpoint(source)
-    cfg, wanted = model.cfg, variables
-    leaves = {
-      leaf_name(path): leaf
-      for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
-    }
-    carried, original, scales = source / PUBLISHED, None, {}
-    if (carried / "config.json").is_file():
-      original = files.read_json(carried / "config.json")
-    if (carried / _SCALES).is_dir():
-      held = open_tensors(carried / _SCALES)
-      scales = {name: held.read(name) for name in held.names()}
-
-    def read(leaf: str, tensor: Tensor) -> np.ndarray:
-      part = np.asarray(leaves[leaf][tensor.place])
-      return part.T if tensor.transposed else part
-
+    found = _own_source(source)
+  cfg = found.cfg
   export_published(
     target,
     cfg,
-    wanted,
-    read,
-    stored=stored or ("fp8" if scales else cfg.param_dtype),
-    original=original,
-    scales=scales,
+    found.shapes,
+    found.read,
+    stored=stored or ("fp8" if found.scales else cfg.param_dtype),
+    original=found.original,
+    scales=found.scales,
     max_shard_bytes=max_shard_bytes,
     on_write=on_write,
   )
-  _carry(carried, target, besides=("config.json",))
+  _carry(found.carried, target, besides=("config.json",))
   if config.get("tokenizer") == "bytes":
     write_byte_tokenizer(target)
   elif "tokenizer" in config:
@@ -168,6 +167,41 @@ def export_checkpoint(
   generation = target / "generation_config.json"
   if cfg.eos_token_id and not generation.is_file():
     files.write_json(generation, {"eos_token_id": list(cfg.eos_token_id)})
+
+
+def _published_source(folder: pathlib.Path, config: dict[str, Any]) -> _Source:
+  """A published folder, read tensor by tensor."""
+  cfg = read_published_config(folder)
+  wanted = shapes(Transformer(cfg))
+  weights = PublishedWeights(folder, cfg, wanted)
+  weights.check_copies()
+
+  def read(leaf: str, tensor: Tensor) -> np.ndarray:
+    del leaf
+    return weights.read(tensor.name)
+
+  return _Source(cfg, wanted, read, config, weights.scales(), folder)
+
+
+def _own_source(folder: pathlib.Path) -> _Source:
+  """A run's folder or a converted one, in memory."""
+  model, variables = load_checkpoint(folder)
+  leaves = {
+    leaf_name(path): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+  }
+
+  def read(leaf: str, tensor: Tensor) -> np.ndarray:
+    part = np.asarray(leaves[leaf][tensor.place])
+    return part.T if tensor.transposed else part
+
+  carried, original, scales = folder / PUBLISHED, None, {}
+  if (carried / "config.json").is_file():
+    original = files.read_json(carried / "config.json")
+  if (carried / _SCALES).is_dir():
+    held = open_tensors(carried / _SCALES)
+    scales = {name: held.read(name) for name in held.names()}
+  return _Source(model.cfg, variables, read, original, scales, carried)
 
 
 def _disk_use(folder: pathlib.Path) -> int:
@@ -242,12 +276,9 @@ def _stage(
         files.write_bytes(mark, str(i + 1).encode())
         since = 0
         on_read(done, total)
-    return array.view(leaf.dtype)
+    return array
 
   return jax.tree.map_with_path(gather, wanted)
-
-
-_MARK_BYTES = 1 << 28  # an interruption costs so much reading at most
 
 
 def _open_leaf(folder: pathlib.Path, name: str, leaf: Any) -> np.memmap:

@@ -1,4 +1,4 @@
-"""Our variables -> a folder that transformers and vLLM load."""
+"""Our variables -> a published folder, such as transformers loads."""
 
 import json
 import os
@@ -127,7 +127,8 @@ def _config(cfg, stored: Stored, original) -> dict[str, Any]:
     # Code that is not in our folder would be asked for by auto_map.
     if name in INERT and name != "auto_map":
       config.setdefault(name, value)
-  scaling = (original or {}).get("rope_scaling") or {}
+  scaling = dict((original or {}).get("rope_scaling") or {})
+  scaling |= (original or {}).get("rope_parameters") or {}
   if "attn_factor" in scaling and config["rope_scaling"]:
     # Ignored by us and by transformers, but not by vLLM.
     config["rope_scaling"]["attn_factor"] = scaling["attn_factor"]

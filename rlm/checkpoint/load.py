@@ -16,10 +16,10 @@ from rlm.checkpoint.initial import drop_mtp, layout, shapes
 from rlm.checkpoint.manager import restore_variables
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import without_mtp
-from rlm.config import build
+from rlm.config import build, id_list
 from rlm.data.tokenizer import load_tokenizer
 from rlm.models.config import ModelConfig
-from rlm.models.published_config import read_published_config, token_ids
+from rlm.models.published_config import read_published_config
 from rlm.models.quantized import (
   Int8Matrix,
   is_quantized,
@@ -92,7 +92,8 @@ def _load_published(root, dtype, quantize, mtp, shardings, on_read):
   cfg = read_published_config(root, dtype=dtype, param_dtype=dtype)
   generation = root / "generation_config.json"
   if generation.is_file():
-    eos = token_ids(files.read_json(generation).get("eos_token_id"))
+    given = files.read_json(generation).get("eos_token_id")
+    eos = id_list(given, f"{generation}: eos_token_id")
     cfg = dataclasses.replace(cfg, eos_token_id=eos or cfg.eos_token_id)
   ignored: list[str] = []
   if not mtp:

@@ -1,6 +1,6 @@
 """`ByteTokenizer` as the files of a published model.
 
-So that a model trained here goes to transformers or vLLM with its tokenizer:
+So that a model trained here goes to transformers with its tokenizer:
 a byte-level BPE without merges, whose ids are those of `ByteTokenizer`, and the
 chat template of `rlm.data.chat`.
 """

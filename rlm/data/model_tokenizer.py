@@ -37,6 +37,7 @@ from typing import Any
 import numpy as np
 
 from rlm import files
+from rlm.config import id_list
 from rlm.data.chat_template import (
   ChatTemplate,
   Message,
@@ -230,12 +231,7 @@ def _generation_ends(folder: pathlib.Path) -> list[int]:
     return []
   config = files.read_json(path)
   ends = config.get("eos_token_id") if isinstance(config, dict) else None
-  ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-  if not all(type(i) is int for i in ends):
-    raise ValueError(
-      f"{path}: eos_token_id is {ends}, where an id or a list of ids is needed."
-    )
-  return ends
+  return list(id_list(ends, f"{path}: eos_token_id"))
 
 
 def _texts_of(template: ChatTemplate, tools: Any) -> list[Any]:

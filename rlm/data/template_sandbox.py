@@ -273,7 +273,8 @@ def _call(method: str, node: nodes.Node, *args: nodes.Expr) -> nodes.Call:
   """A call of a method of `Environment`, in the place of a node."""
   attribute = nodes.EnvironmentAttribute(method)
   call = nodes.Call(attribute, list(args), [], None, None, lineno=node.lineno)
-  call.set_environment(node.environment)  # type: ignore[arg-type]
+  if node.environment is not None:
+    call.set_environment(node.environment)
   return call
 
 

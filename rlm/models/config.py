@@ -21,6 +21,16 @@ def _check_choices(section) -> None:
       raise ValueError(f"{name}={value!r} is unknown. Choose one of {names}.")
 
 
+def _check_stretch(factor: float, original_length: int) -> None:
+  if factor < 1:
+    raise ValueError(f"rope_scaling.factor={factor} must be >= 1.")
+  if original_length < 1:
+    raise ValueError(
+      f"rope_scaling.original_max_position_embeddings={original_length} must be"
+      " at least 1."
+    )
+
+
 # Sizes of latent attention alone, 0 in grouped-query attention.
 _LATENT_SIZES = (
   "kv_lora_rank",
@@ -40,7 +50,8 @@ class YarnScaling:
     beta_fast: turns over the original context above which a pair is kept.
     beta_slow: turns below which it is slowed by the full factor.
     mscale: numerator of the magnitude on cos and sin.
-    mscale_all_dim: its denominator, and the magnitude on the softmax scale.
+    mscale_all_dim: its denominator, and in latent attention the magnitude on
+      the softmax scale.
     type: "yarn".
   """
 
@@ -54,13 +65,7 @@ class YarnScaling:
 
   def __post_init__(self):
     _check_choices(self)
-    if self.factor < 1:
-      raise ValueError(f"rope_scaling.factor={self.factor} must be >= 1.")
-    if self.original_max_position_embeddings < 1:
-      raise ValueError(
-        "rope_scaling.original_max_position_embeddings="
-        f"{self.original_max_position_embeddings} must be at least 1."
-      )
+    _check_stretch(self.factor, self.original_max_position_embeddings)
     if not self.beta_fast > self.beta_slow > 0:
       raise ValueError(
         f"rope_scaling.beta_fast={self.beta_fast} must exceed beta_slow="
@@ -89,13 +94,7 @@ class Llama3Scaling:
 
   def __post_init__(self):
     _check_choices(self)
-    if self.factor < 1:
-      raise ValueError(f"rope_scaling.factor={self.factor} must be >= 1.")
-    if self.original_max_position_embeddings < 1:
-      raise ValueError(
-        "rope_scaling.original_max_position_embeddings="
-        f"{self.original_max_position_embeddings} must be at least 1."
-      )
+    _check_stretch(self.factor, self.original_max_position_embeddings)
     if not self.high_freq_factor > self.low_freq_factor > 0:
       raise ValueError(
         f"rope_scaling.high_freq_factor={self.high_freq_factor} must exceed"

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from types import NoneType
 from typing import Any
 
-from rlm.config import build, did_you_mean
+from rlm.config import build, did_you_mean, id_list
 from rlm.models.config import Llama3Scaling, ModelConfig, YarnScaling
 from rlm.models.published_families import (
   FAMILIES,
@@ -70,7 +70,7 @@ def read_published_config(
     values["n_vocab_used"] = fields.get(
       "n_vocab_used", fields.get("vocab_size")
     )
-    values["eos_token_id"] = token_ids(fields.get("eos_token_id"))
+    values["eos_token_id"] = id_list(fields.get("eos_token_id"), "eos_token_id")
     values |= _experts(fields, family)
     values |= _heads(fields, family)
     values |= _rope(fields)
@@ -149,13 +149,6 @@ def _check_known(fields: dict[str, Any], family: Family) -> None:
       )
 
 
-def token_ids(given: Any) -> tuple[Any, ...]:
-  """One id, a list of them or null, as a tuple: `eos_token_id` is any."""
-  if given is None:
-    return ()
-  return tuple(given) if isinstance(given, list) else (given,)
-
-
 def _experts(fields: dict[str, Any], family: Family) -> dict[str, Any]:
   """Groups that may be null, and the choices that the family implies."""
   if "n_routed_experts" not in family.fields:
@@ -232,28 +225,18 @@ def _check_derived(fields: dict[str, Any], cfg: ModelConfig) -> None:
 
 def _rope(fields: dict[str, Any]) -> dict[str, Any]:
   """rope_theta and rope_scaling, from either layout."""
-  found: dict[str, Any] = {}
-  parameters = fields.get("rope_parameters")
-  published = "rope_theta" in fields or fields.get("rope_scaling")
-  if parameters is not None:
-    scaling = dict(parameters)
-    found = {
-      "rope_theta": scaling.pop("rope_theta", fields.get("rope_theta")),
-      "rope_scaling": _scaling(scaling, fields),
-    }
-  if published or parameters is None:
-    scaling = dict(fields.get("rope_scaling") or {"rope_type": "default"})
-    theta = scaling.pop("rope_theta", fields.get("rope_theta"))
-    other = {"rope_theta": theta, "rope_scaling": _scaling(scaling, fields)}
-    if found and "rope_scaling" not in fields:
-      other["rope_scaling"] = found["rope_scaling"]
-    if found and other != found:
+  theta = fields.get("rope_theta")
+  old, new = fields.get("rope_scaling"), fields.get("rope_parameters")
+  given = dict((old or {}) if new is None else new)
+  found = {"rope_theta": given.pop("rope_theta", theta)}
+  found["rope_scaling"] = _scaling(given, fields)
+  if new is not None:
+    same = theta in (None, found["rope_theta"])
+    if not same or (old and _scaling(old, fields) != found["rope_scaling"]):
       raise ValueError(
-        f"rope_parameters={parameters!r} contradicts rope_theta="
-        f"{fields.get('rope_theta')!r} with rope_scaling="
-        f"{fields.get('rope_scaling')!r}. Keep one of the two."
+        f"rope_parameters={new!r} contradicts rope_theta={theta!r} with"
+        f" rope_scaling={old!r}. Keep one of the two."
       )
-    found = other
   if found["rope_theta"] is None:
     raise ValueError("rope_theta is missing, which is guessed nowhere.")
   return found
@@ -302,8 +285,9 @@ def _yarn(given: dict[str, Any], fields: dict[str, Any]) -> YarnScaling:
     )
   magnitude = given.pop("attention_factor", None)
   original = given.get("original_max_position_embeddings")
-  if given.get("factor") is None and original:
-    given["factor"] = fields["max_position_embeddings"] / original
+  context = fields.get("max_position_embeddings")
+  if given.get("factor") is None and original and context:
+    given["factor"] = context / original
   given["beta_fast"] = given.get("beta_fast") or 32
   given["beta_slow"] = given.get("beta_slow") or 1
   both = bool(given.get("mscale")), bool(given.get("mscale_all_dim"))
@@ -315,14 +299,18 @@ def _yarn(given: dict[str, Any], fields: dict[str, Any]) -> YarnScaling:
   if not any(both):
     # The whole magnitude on cos and sin, none on the softmax scale.
     given |= {"mscale": 1.0, "mscale_all_dim": 0.0}
-  if magnitude is not None:
-    stretch = 0.1 * math.log(given.get("factor") or 1)
-    if not stretch:
-      raise ValueError("attention_factor needs a rope_scaling.factor above 1.")
-    whole = magnitude * yarn_mscale(given["factor"], given["mscale_all_dim"])
-    # Rounded, so that what we write is read as what it was.
-    given["mscale"] = round((whole - 1) / stretch, 12)
-  return build(YarnScaling, given, "rope_scaling")
+  scaling = build(YarnScaling, given, "rope_scaling")
+  if magnitude is None:
+    return scaling
+  if scaling.factor == 1 or not isinstance(magnitude, int | float):
+    raise ValueError(
+      f"attention_factor={magnitude!r} needs to be a number, and"
+      f" rope_scaling.factor={scaling.factor} above 1."
+    )
+  whole = magnitude * yarn_mscale(scaling.factor, scaling.mscale_all_dim)
+  # Rounded, so that what we write is read as what it was.
+  mscale = round((whole - 1) / (0.1 * math.log(scaling.factor)), 12)
+  return dataclasses.replace(scaling, mscale=mscale)
 
 
 def write_published_config(cfg: ModelConfig) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from rlm.checkpoint.tensor_files import open_tensors
 from rlm.checkpoint.tensor_writer import TensorWriter
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
 from rlm.models.published_config import read_published_config
+from tests.checkpoint.load_test import write_run
 from tests.parity import cases
 from tests.tiny_model import tiny_config, tiny_model
 
@@ -348,15 +349,8 @@ def test_what_cannot_be_read_is_said_without_a_traceback(tmp_path):
 def test_a_run_of_ours_goes_out_with_its_tokenizer(tmp_path):
   cfg = tiny_config(vocab_size=272, n_vocab_used=268)
   _, variables = tiny_model(vocab_size=272, n_vocab_used=268)
-  run_folder = tmp_path / "run"
-  run_folder.mkdir()
-  files.write_json(
-    run_folder / "config.json",
-    {"model": dataclasses.asdict(cfg), "tokenizer": "bytes"},
-  )
-  with CheckpointManager(run_folder / "checkpoints", keep=1) as manager:
-    manager.save(3, {"variables": variables})
-  convert.export_checkpoint(run_folder, tmp_path / "out")
+  write_run(tmp_path / "run", cfg, variables)
+  convert.export_checkpoint(tmp_path / "run", tmp_path / "out")
   config = json.loads((tmp_path / "out" / "config.json").read_text())
   assert config["eos_token_id"] == 257
   assert config["n_vocab_used"] == 268

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
 
@@ -63,6 +64,15 @@ class Recipes:
       text=True,
       timeout=1800,
     )
+
+
+@pytest.fixture(scope="module")
+def quick_compilation():
+  """Half the time to compile, for files where all that runs is tiny."""
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

@@ -22,6 +22,8 @@ SLOTS, SEED, LONGEST = 2, 5, 40
 # Many ids end a completion, so that lengths differ.
 ENDS = [*range(8), 302]
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 INPUT = [
   {"id": 0, "prompt": "the cat 東京"},
   {"messages": [{"role": "user", "content": "mat"}], "extra": [1.5, None]},
@@ -29,15 +31,6 @@ INPUT = [
   {"prompt_ids": [301, *range(90)]},  # leaves less room than LONGEST
   *({"prompt": f"cat {i}"} for i in range(7)),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Half the time to compile; what runs here is tiny."""
-  before = jax.config.values["jax_disable_most_optimizations"]
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="module")

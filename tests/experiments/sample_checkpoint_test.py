@@ -31,14 +31,7 @@ from tests.experiments.tiny_published import (
   write_weights,
 )
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-  """Half the time to compile; what runs here is tiny."""
-  before = jax.config.values["jax_disable_most_optimizations"]
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", before)
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 
 @pytest.fixture(scope="module")
