@@ -17,7 +17,8 @@ from typing import Any
 from experiments import launch
 from rlm import files
 from rlm.config import build
-from rlm.data.tokenizer import Tokenizer, load_tokenizer
+from rlm.data.chat import Chat
+from rlm.data.chat_formats import load_chat
 from rlm.eval.config import EvaluationConfig
 from rlm.models.config import ModelConfig
 from rlm.sampling.config import SamplingConfig
@@ -57,8 +58,8 @@ MAY_CHANGE = ("init_from",)
 
 def prepare(
   cfg: Config, tokenizer_name: str, model_cfg: ModelConfig
-) -> tuple[Task, Tokenizer, Any]:
-  """What asks, spells and samples; nothing is compiled.
+) -> tuple[Task, Chat, Any]:
+  """What asks, how, and what samples; nothing is compiled.
 
   Args:
     cfg: the config.
@@ -66,7 +67,7 @@ def prepare(
     model_cfg: likewise.
 
   Returns:
-    task, tokenizer and Sampler.
+    task, Chat and Sampler.
 
   Raises:
     ValueError: what the config asks for cannot be had, or does not fit.
@@ -75,19 +76,15 @@ def prepare(
 
   task = make_task(cfg.task)
   problems = heldout_problems(task, cfg.evaluation)
-  tokenizer = load_tokenizer(tokenizer_name)
-  return (
-    task,
-    tokenizer,
-    make_sampler(cfg, task, problems, tokenizer, model_cfg),
-  )
+  chat = load_chat(tokenizer_name)
+  return task, chat, make_sampler(cfg, task, problems, chat, model_cfg)
 
 
 def make_sampler(
   cfg: Any,
   task: Task,
   problems: list[Problem],
-  tokenizer: Tokenizer,
+  chat: Chat,
   model_cfg: ModelConfig,
 ) -> Any:
   """The Sampler of completions that are scored, once problems are seen to fit.
@@ -97,7 +94,7 @@ def make_sampler(
       prompt_length.
     task: the family.
     problems: what will be asked.
-    tokenizer: of the model.
+    chat: how the model is asked.
     model_cfg: the model.
 
   Raises:
@@ -108,22 +105,23 @@ def make_sampler(
 
   if cfg.sampling.stop_tokens:
     raise ValueError(
-      f"config.sampling.stop_tokens={cfg.sampling.stop_tokens}: only the EOS"
-      " may end a completion that is scored. Leave it empty."
+      f"config.sampling.stop_tokens={cfg.sampling.stop_tokens}: only the"
+      " model's own EOS may end a completion that is scored. Leave it empty."
     )
+  end, *others = chat.stop_tokens
   sampler = Sampler(
     Transformer(model_cfg),
-    cfg.sampling,
+    dataclasses.replace(cfg.sampling, stop_tokens=tuple(others)),
     slots=cfg.slots,
     prompt_length=cfg.prompt_length,
     devices=cfg.sampling_devices,
-    eos_token=tokenizer.eos_id,
-    pad_token=tokenizer.pad_id,
+    eos_token=end,
+    pad_token=chat.pad_id,
   )
   check_room(
     task,
     problems,
-    tokenizer,
+    chat,
     prompt_length=cfg.prompt_length,
     max_new_tokens=cfg.sampling.max_new_tokens,
   )
@@ -143,7 +141,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
   # --- Config and model ------------------------------------------------------
   cfg = build(Config, c)
-  task, tokenizer, sampler = prepare(cfg, *model_of(cfg.init_from))
+  task, chat, sampler = prepare(cfg, *model_of(cfg.init_from))
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   checkpoints = pathlib.Path(cfg.init_from) / "checkpoints"
   variables = restore_part(checkpoints, "variables")
@@ -170,8 +168,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       sampler,
       variables,
       task,
-      tokenizer,
-      Scorer(task, dict.fromkeys(REWARDS, 1.0)),
+      chat,
+      Scorer(
+        task,
+        dict.fromkeys(REWARDS, 1.0),
+        answer_format=chat.answer_format,
+      ),
       cfg.evaluation,
       sampler.model.cfg,
       stage=cfg.stage,

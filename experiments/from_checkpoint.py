@@ -55,7 +55,7 @@ def fill_model(c: Any, workdir: str) -> Any:
       " folder of a published model or of a run."
     )
   from rlm.checkpoint.convert import PUBLISHED
-  from rlm.data.tokenizer import load_tokenizer
+  from rlm.data.chat_formats import load_chat
 
   saved = files.read_json(config_file)
   if "model_type" in saved:
@@ -74,7 +74,7 @@ def fill_model(c: Any, workdir: str) -> Any:
     )
   if "n_vocab_used" not in given:
     # Published sizes count rows; the head is masked to the ids in use.
-    used = load_tokenizer(values["tokenizer"]).n_vocab_used
+    used = load_chat(values["tokenizer"]).tokenizer.n_vocab_used
     model = model | {"n_vocab_used": used}
   values["model"] = model | given
   return values

@@ -15,8 +15,9 @@ from typing import Any, Literal
 from experiments import launch
 from experiments.from_checkpoint import fill_model
 from rlm.config import build
+from rlm.data.chat import Chat
+from rlm.data.chat_formats import load_model_chat
 from rlm.data.sources import DataConfig, MessagesSource, check_sources
-from rlm.data.tokenizer import Tokenizer, load_model_tokenizer
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
 from rlm.tasks.base import Task
@@ -231,16 +232,16 @@ def make_rates(cfg: Config):
   return lambda step: {name: at(step) for name, at in schedules.items()}
 
 
-def prepare(cfg: Config) -> tuple[Tokenizer, dict[str, Task]]:
-  """The tokenizer and the tasks of a run, checked against its config.
+def prepare(cfg: Config) -> tuple[Chat, dict[str, Task]]:
+  """The chat format and the tasks of a run, checked against its config.
 
   Raises:
     ValueError: they cannot be made, the model has another vocabulary, or there
       are too few devices.
   """
   training_mesh(cfg)  # or it raises
-  tokenizer = load_model_tokenizer(cfg.tokenizer, cfg.model.n_vocab_used)
-  return tokenizer, {
+  chat = load_model_chat(cfg.tokenizer, cfg.model.n_vocab_used)
+  return chat, {
     name: make_task(section, f"config.tasks.{name}")
     for name, section in cfg.tasks.items()
   }
@@ -255,12 +256,12 @@ def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
   """
   from rlm.eval.heldout import worked_problems
 
-  tokenizer, tasks = prepare(cfg)
-  check_sources(cfg.data, tokenizer, tasks, seed=cfg.seed, pending=pending)
+  chat, tasks = prepare(cfg)
+  check_sources(cfg.data, chat, tasks, seed=cfg.seed, pending=pending)
   if cfg.eval.task is not None:
     worked_problems(
       tasks[cfg.eval.task],
-      tokenizer,
+      chat,
       levels=cfg.eval.levels,
       problems_per_level=cfg.eval.problems_per_level,
       seed=cfg.seed,
@@ -306,7 +307,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   from rlm.workdir import open_workdir
 
   launch.check_one_process()
-  tokenizer, tasks = prepare(cfg)
+  chat, tasks = prepare(cfg)
   messages = (
     f"data.sources.{name}.path"
     for name, source in cfg.data.sources.items()
@@ -330,14 +331,14 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     for step in range(cfg.steps)
   ]
   one_process = dict(process_index=0, process_count=1)
-  stream = pipeline.make_stream(cfg.data, tokenizer, seed=cfg.seed, tasks=tasks)
+  stream = pipeline.make_stream(cfg.data, chat, seed=cfg.seed, tasks=tasks)
   folder.record_input("data", stream.record)
   batches = pipeline.make_batches(
     stream, batch_size=b.rows, row_counts=row_counts, **one_process
   )
   heldout = pipeline.load_heldout(
     cfg.data,
-    tokenizer,
+    chat,
     seed=cfg.seed,
     tasks=tasks,
     batch_size=cfg.eval.batch_rows,
@@ -347,7 +348,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   if cfg.eval.task is not None:
     worked = heldout_lib.worked_problems(
       tasks[cfg.eval.task],
-      tokenizer,
+      chat,
       levels=cfg.eval.levels,
       problems_per_level=cfg.eval.problems_per_level,
       seed=cfg.seed,

@@ -18,7 +18,8 @@ from typing import Any
 from experiments import launch
 from experiments.evaluate import make_sampler, model_of
 from rlm.config import build
-from rlm.data.tokenizer import Tokenizer, load_tokenizer
+from rlm.data.chat import Chat
+from rlm.data.chat_formats import load_chat
 from rlm.models.config import ModelConfig
 from rlm.rl.config import RejectionConfig
 from rlm.sampling.config import SamplingConfig
@@ -59,8 +60,8 @@ MAY_CHANGE = ("init_from",)
 
 def prepare(
   cfg: Config, tokenizer_name: str, model_cfg: ModelConfig
-) -> tuple[Task, list[Problem], Tokenizer, Any]:
-  """What is asked, what spells and what samples; nothing is compiled.
+) -> tuple[Task, list[Problem], Chat, Any]:
+  """What is asked, how, and what samples; nothing is compiled.
 
   Args:
     cfg: the config.
@@ -68,7 +69,7 @@ def prepare(
     model_cfg: likewise.
 
   Returns:
-    task, problems, tokenizer and Sampler.
+    task, problems, Chat and Sampler.
 
   Raises:
     ValueError: what the config asks for cannot be had, or does not fit.
@@ -77,9 +78,9 @@ def prepare(
 
   task = make_task(cfg.task)
   problems = draw_problems(task, cfg.rejection, cfg.seed)
-  tokenizer = load_tokenizer(tokenizer_name)
-  sampler = make_sampler(cfg, task, problems, tokenizer, model_cfg)
-  return task, problems, tokenizer, sampler
+  chat = load_chat(tokenizer_name)
+  sampler = make_sampler(cfg, task, problems, chat, model_cfg)
+  return task, problems, chat, sampler
 
 
 def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
@@ -90,7 +91,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm import flops
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import restore_variables
-  from rlm.data.chat import save_messages
+  from rlm.data.chat import Trace, save_messages
   from rlm.eval.evaluate import trace_record
   from rlm.jsonl import JsonlWriter, read_jsonl
   from rlm.metrics import MetricsWriter
@@ -103,8 +104,12 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   # --- Config, problems and model --------------------------------------------
   cfg = build(Config, c)
   tokenizer_name, model_cfg = model_of(cfg.init_from)
-  task, problems, tokenizer, sampler = prepare(cfg, tokenizer_name, model_cfg)
-  scorer = Scorer(task, dict.fromkeys(REWARDS, 1.0))  # verdicts alone count
+  task, problems, chat, sampler = prepare(cfg, tokenizer_name, model_cfg)
+  scorer = Scorer(
+    task,
+    dict.fromkeys(REWARDS, 1.0),  # verdicts alone count
+    answer_format=chat.answer_format,
+  )
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   if folder.summary is not None:
     folder.say_finished(console)
@@ -139,7 +144,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
         variables,
         asked,
         first,
-        tokenizer,
+        chat,
         scorer,
         key,
         samples_per_problem=cfg.rejection.samples_per_problem,
@@ -182,7 +187,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   save_messages(
     folder.path / "messages.jsonl",
     [
-      rejection.to_trace(record["prompt"], record["completion"])
+      Trace(chat.question(record["prompt"]), record["completion"])
       for record in read_jsonl(traces_path)
     ],
   )

@@ -22,7 +22,8 @@ from experiments import launch
 from experiments.evaluate import make_sampler
 from experiments.from_checkpoint import fill_model
 from rlm.config import build
-from rlm.data.tokenizer import Tokenizer, load_model_tokenizer
+from rlm.data.chat import Chat
+from rlm.data.chat_formats import load_model_chat
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
 from rlm.rl.config import ObjectiveConfig, SelectionConfig
@@ -124,11 +125,11 @@ MAY_CHANGE = (
 )
 
 
-def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:
-  """What asks, judges, spells and samples; nothing is compiled.
+def prepare(cfg: Config) -> tuple[Task, Any, Chat, Any]:
+  """What asks, judges, how, and what samples; nothing is compiled.
 
   Returns:
-    task, Scorer, tokenizer and Sampler.
+    task, Scorer, Chat and Sampler.
 
   Raises:
     ValueError: what the config asks for cannot be had, does not fit, or could
@@ -140,11 +141,11 @@ def prepare(cfg: Config) -> tuple[Task, Any, Tokenizer, Any]:
   task = make_task(cfg.task)
   levels = cfg.curriculum.levels
   task.check_levels(levels, "config.curriculum.levels")
-  scorer = Scorer(task, cfg.rewards)
-  tokenizer = load_model_tokenizer(cfg.tokenizer, cfg.model.n_vocab_used)
+  chat = load_model_chat(cfg.tokenizer, cfg.model.n_vocab_used)
+  scorer = Scorer(task, cfg.rewards, answer_format=chat.answer_format)
   problems = [p for level in levels for p in task.examples(level, "train", 50)]
-  sampler = make_sampler(cfg, task, problems, tokenizer, cfg.model)
-  return task, scorer, tokenizer, sampler
+  sampler = make_sampler(cfg, task, problems, chat, cfg.model)
+  return task, scorer, chat, sampler
 
 
 def check_inputs(cfg: Config, pending: pathlib.Path) -> None:
@@ -191,7 +192,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   c = fill_model(c, workdir)
   cfg = build(Config, c)
   launch.check_one_process()
-  task, scorer, tokenizer, sampler = prepare(cfg)
+  task, scorer, chat, sampler = prepare(cfg)
   model, sampling = sampler.model, cfg.sampling
   folder = open_workdir(workdir, c, may_change=MAY_CHANGE)
   if folder.summary is not None:
@@ -284,7 +285,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
           sampler,
           policy.variables,
           problems,
-          tokenizer,
+          chat,
           scorer,
           sample_key,
           group_size=cfg.group_size,

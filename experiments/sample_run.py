@@ -12,7 +12,9 @@ from typing import Any
 from experiments.terminal import ask, note, show_piece
 from rlm import files
 from rlm.config import build, did_you_mean
-from rlm.data.tokenizer import StreamDecoder, Tokenizer, load_tokenizer
+from rlm.data.chat_formats import load_chat
+from rlm.data.r1_chat import R1Chat
+from rlm.data.tokenizer import StreamDecoder, Tokenizer
 from rlm.report.text import visible
 from rlm.sampling.config import SamplingConfig
 from rlm.tasks.base import Problem, Task
@@ -193,7 +195,14 @@ class Chat:
           f"{folder / 'config.json'} has no {key!r}: it is no training run."
         )
     self.sampling = sampling
-    self.tokenizer = load_tokenizer(self.config["tokenizer"])
+    chat = load_chat(self.config["tokenizer"])
+    if not isinstance(chat, R1Chat):
+      raise ValueError(
+        f"{folder} was trained in the chat format of its tokenizer's folder."
+        f" Talk to it with --checkpoint={folder} instead of --workdir."
+      )
+    self._format = chat
+    self.tokenizer = chat.tokenizer
     self.task = task_of(self.config)
     self._model = Transformer(build(ModelConfig, self.config["model"], "model"))
     self._seed = seed
@@ -213,9 +222,8 @@ class Chat:
     import jax
 
     from rlm.checkpoint.manager import restore_variables
-    from rlm.data.chat import encode_prompt
 
-    tokens = encode_prompt(self.tokenizer, prompt)
+    tokens = self._format.encode_prompt(prompt)
     sampler = self._sampler(len(tokens))
     if self._variables is None:
       self._variables = restore_variables(self.folder / "checkpoints")

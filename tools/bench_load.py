@@ -4,14 +4,18 @@
 
 writes a bfloat16 checkpoint of V3's shape (many experts, a large embedding) in
 several shards, or with `--stored=fp8` the same in FP8, to a temporary folder or
-below --folder, loads it in one child process per case and removes it. Cases are
-target dtype, or int8, by number of virtual CPU devices; with several, experts
-are divided by expert and every other leaf along its last axis that divides.
+below --folder, loads it in one child process per case and removes it. With
+`--own` it is converted to a folder of ours first, as tools.convert_checkpoint
+does, and that one is loaded. Cases are target dtype, or int8, by number of
+virtual CPU devices; with several, experts are divided by expert and every other
+leaf along its last axis that divides. The case `export` writes a published
+folder from it instead.
 
 Peak memory is the process's resident set at its highest (VmHWM) over what it
 was when everything was imported and jax had started; Linux only. On a CPU the
 target lies in the same memory. The bound is the target's bytes and twice those
-of the largest tensor as stored. Files just written are in the page cache, so
+of the largest tensor as stored, or of the largest leaf of a folder of ours.
+Files just written are in the page cache, so
 that seconds are those of the loading and not of the disk.
 """
 
@@ -20,10 +24,12 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
+import zlib
 from typing import Any
 
 import jax
@@ -32,8 +38,10 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 import rlm
+from rlm.checkpoint.convert import export_checkpoint, import_published
 from rlm.checkpoint.export import export_published
 from rlm.checkpoint.initial import shapes
+from rlm.checkpoint.manager import open_variables
 from rlm.checkpoint.published_names import Tensor
 from rlm.checkpoint.tensor_files import TensorFiles
 from rlm.models.config import ModelConfig
@@ -104,10 +112,12 @@ def write_checkpoint(
   bits = rng.integers(1 << 16, size=_RANDOM, dtype=np.uint16)
   # Random sign and fraction; exponents -7 to -4, so that all are finite.
   numbers = (bits & 0x81FF | 0x3C00).view(ml_dtypes.bfloat16)
+  numbers = np.concatenate([numbers, numbers])
 
   def read(leaf: str, tensor: Tensor) -> np.ndarray:
-    start = sum(tensor.place) % 1024
-    return np.resize(numbers[start:], tensor.shape)
+    # Neighbours differ, or Orbax would compress one to the other.
+    start = zlib.crc32(tensor.name.encode()) % _RANDOM
+    return np.resize(numbers[start : start + _RANDOM], tensor.shape)
 
   written = gigabytes * 1e9 / (2 if stored == "fp8" else 1)
   export_published(
@@ -140,41 +150,56 @@ def divided(devices: int) -> Any:
 
 
 def measure(folder: str, case: str) -> dict[str, Any]:
-  """Loads once in this process; see the module's docstring."""
-  target, devices = case.split(":")
-  options: dict[str, Any] = {"dtype": target}
-  if target == "int8":
-    options = {"dtype": "bfloat16", "quantize": "int8"}
-  if int(devices) > 1:
-    options["shardings"] = divided(int(devices))
-  files = TensorFiles(folder)
-  largest = max(files.nbytes(name) for name in files.names())
-  stored = sum(files.nbytes(name) for name in files.names())
-  del files
+  """Loads or exports once in this process; see the module's docstring."""
+  target, _, devices = case.partition(":")
+  sizes = _stored_sizes(pathlib.Path(folder))
   jax.block_until_ready(jax.jit(lambda x: x + 1)(1.0))  # everything started
   before = _resident("VmRSS")
   pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
   start = time.perf_counter()
-  _, variables = rlm.load_checkpoint(folder, **options)
-  jax.block_until_ready(variables)
+  if target == "export":
+    export_checkpoint(folder, f"{folder}-export")
+    made = 0
+  else:
+    made = _load(folder, target, int(devices))
   seconds = time.perf_counter() - start
   peak = _resident("VmHWM") - before
-  leaves = jax.tree.leaves(variables)
-  made = sum(s.data.nbytes for x in leaves for s in x.addressable_shards)
-  bound = made + 2 * largest
+  shutil.rmtree(f"{folder}-export", ignore_errors=True)
+  bound = made + 2 * max(sizes)
   return {
     "case": case,
     "seconds": seconds,
-    "stored_gb_per_second": stored / seconds / 1e9,
+    "stored_gb_per_second": sum(sizes) / seconds / 1e9,
     "target_gb_per_second": made / seconds / 1e9,
-    "stored_bytes": stored,
+    "stored_bytes": sum(sizes),
     "target_bytes": made,
-    "largest_tensor_bytes": largest,
+    "largest_tensor_bytes": max(sizes),
     "peak_bytes": peak,
     "bound_bytes": bound,
     "over_target_bytes": peak - made,
     "holds": peak <= bound,
   }
+
+
+def _load(folder: str, target: str, devices: int) -> int:
+  """Loads, and counts the bytes on the devices."""
+  options: dict[str, Any] = {"dtype": target}
+  if target == "int8":
+    options = {"dtype": "bfloat16", "quantize": "int8"}
+  if devices > 1:
+    options["shardings"] = divided(devices)
+  _, variables = rlm.load_checkpoint(folder, **options)
+  leaves = jax.tree.leaves(jax.block_until_ready(variables))
+  return sum(s.data.nbytes for x in leaves for s in x.addressable_shards)
+
+
+def _stored_sizes(folder: pathlib.Path) -> list[int]:
+  """Bytes of each tensor, or of each leaf in a folder of ours."""
+  if (folder / "checkpoints").is_dir():
+    shapes = open_variables(folder / "checkpoints").shapes
+    return [x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes)]
+  files = TensorFiles(folder)
+  return [files.nbytes(name) for name in files.names()]
 
 
 def _resident(field: str) -> int:
@@ -208,6 +233,7 @@ def main() -> None:
   add = parser.add_argument
   add("--gigabytes", type=float, default=2.1, help="of the bfloat16 weights")
   add("--stored", choices=("bfloat16", "fp8"), default="bfloat16")
+  add("--own", action="store_true", help="load a folder of ours made from it")
   add("--cases", nargs="+", default=CASES, metavar="DTYPE:DEVICES")
   add("--rounds", type=int, default=1, help="loads of each case, in turn")
   add("--folder", help="where to make the temporary folder")
@@ -216,7 +242,7 @@ def main() -> None:
   arguments = parser.parse_args()
   if arguments.load:
     (case,) = arguments.cases
-    jax.config.update("jax_num_cpu_devices", int(case.split(":")[1]))
+    jax.config.update("jax_num_cpu_devices", int(case.partition(":")[2] or 1))
     print(json.dumps(measure(arguments.load, case)))
     return
   with tempfile.TemporaryDirectory(dir=arguments.folder) as made:
@@ -224,6 +250,10 @@ def main() -> None:
     start = time.perf_counter()
     write_checkpoint(folder, arguments.gigabytes, arguments.stored)
     written = time.perf_counter() - start
+    if arguments.own:
+      published, folder = folder, pathlib.Path(made) / "ours"
+      import_published(published, folder)
+      shutil.rmtree(published)
     cases = [
       measure_apart(folder, case)
       for _ in range(arguments.rounds)
@@ -234,6 +264,7 @@ def main() -> None:
     {
       **result,
       "stored": arguments.stored,
+      "own": arguments.own,
       "seconds_to_write": written,
       "cases": cases,
     },

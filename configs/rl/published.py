@@ -4,10 +4,9 @@ r"""RL with verified answers on a published model.
     --config=configs/rl/published.py --workdir=runs/rl_published \
     --config.init_from=DeepSeek-R1-Distill-Qwen-1.5B --config.task.path=MY.jsonl
 
-`init_from` and its tokenizer as in configs/sft/published.py; problems as in
-configs/rl/jsonl.py. Prompts are asked in R1's format, `<think>` and `<answer>`;
-a model that does not know it is fine-tuned first. Not run at full size: no such
-weights were at hand.
+`init_from` as in configs/sft/published.py; problems as in configs/rl/jsonl.py,
+asked by the model's chat template and answered in \boxed{}. Not run at full
+size: no such weights were at hand.
 """
 
 import ml_collections

@@ -5,11 +5,10 @@ r"""Fine-tunes a published model on your own conversations.
     --config.init_from=DeepSeek-R1-Distill-Qwen-1.5B \
     --config.data.sources.traces.path=conversations.jsonl
 
-`init_from` is a folder with config.json, safetensors and a tokenizer.json that
-has the markers of rlm.data.tokenizer (`add_markers` writes a copy that does;
-name its folder as --config.tokenizer). The learning rate is that of V3's own
-fine-tuning, 5e-6 falling to 1e-6. Not run at full size: no such weights were at
-hand.
+`init_from` is a folder with config.json, safetensors, tokenizer and chat
+template, by which conversations are written (docs/checkpoints.md). The learning
+rate is that of V3's own fine-tuning, 5e-6 falling to 1e-6. Not run at full
+size: no such weights were at hand.
 """
 
 import ml_collections

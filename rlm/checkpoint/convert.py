@@ -7,7 +7,8 @@ lies in `published/` and goes out with it again.
 
 A leaf is gathered in a file, tensor by tensor: interrupted, the same command
 continues after the last tensors that were whole. Orbax then holds the model in
-memory while it saves; an export of one of our folders holds it about twice.
+memory while it saves. An export reads a tensor, or the chunk that it lies in,
+at a time.
 """
 
 import dataclasses
@@ -29,7 +30,7 @@ from rlm.checkpoint.export import (
   export_published,
 )
 from rlm.checkpoint.initial import shapes
-from rlm.checkpoint.load import load_checkpoint
+from rlm.checkpoint.load import open_run
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import Tensor, leaf_name, without_mtp
@@ -54,7 +55,7 @@ class _Source(NamedTuple):
 
   Attributes:
     cfg: the model's sizes.
-    shapes: its variables, or their shapes.
+    shapes: of its variables.
     read: (leaf, tensor) -> the tensor as published.
     original: the config.json that the model came with, or None.
     scales: of the FP8 weights that it came with.
@@ -146,7 +147,7 @@ def export_checkpoint(
   if "model_type" in config:
     found = _published_source(source, config)
   else:
-    found = _own_source(source)
+    found = _own_source(source, config)
   cfg = found.cfg
   export_published(
     target,
@@ -183,16 +184,17 @@ def _published_source(folder: pathlib.Path, config: dict[str, Any]) -> _Source:
   return _Source(cfg, wanted, read, config, weights.scales(), folder)
 
 
-def _own_source(folder: pathlib.Path) -> _Source:
-  """A run's folder or a converted one, in memory."""
-  model, variables = load_checkpoint(folder)
-  leaves = {
-    leaf_name(path): leaf
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+def _own_source(folder: pathlib.Path, config: dict[str, Any]) -> _Source:
+  """A run's folder or a converted one, read block by block."""
+  model, stored = open_run(folder, config)
+  wanted = shapes(model)
+  dtypes = {
+    leaf_name(path): leaf.dtype
+    for path, leaf in jax.tree_util.tree_leaves_with_path(wanted)
   }
 
   def read(leaf: str, tensor: Tensor) -> np.ndarray:
-    part = np.asarray(leaves[leaf][tensor.place])
+    part = stored.read(leaf, tensor.place).astype(dtypes[leaf], copy=False)
     return part.T if tensor.transposed else part
 
   carried, original, scales = folder / PUBLISHED, None, {}
@@ -201,7 +203,7 @@ def _own_source(folder: pathlib.Path) -> _Source:
   if (carried / _SCALES).is_dir():
     held = open_tensors(carried / _SCALES)
     scales = {name: held.read(name) for name in held.names()}
-  return _Source(model.cfg, variables, read, original, scales, carried)
+  return _Source(model.cfg, wanted, read, original, scales, carried)
 
 
 def _disk_use(folder: pathlib.Path) -> int:

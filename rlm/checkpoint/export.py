@@ -106,6 +106,7 @@ def export_published(
   done = 0
   with TensorWriter(folder, plan, max_shard_bytes=max_shard_bytes) as writer:
     files.write_json(folder / "config.json", config)
+    total = writer.total_bytes
     for name in names:
       array = read(*tensors[repeated.get(name, name)])
       if name in quantized:
@@ -116,7 +117,7 @@ def export_published(
       array = array.astype(_dtype(name, stored, quantized), copy=False)
       writer.write(name, np.ascontiguousarray(array))
       done += array.nbytes
-      on_write(done, writer.total_bytes)
+      on_write(done, total)
 
 
 def _config(cfg, stored: Stored, original) -> dict[str, Any]:

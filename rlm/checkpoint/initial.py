@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlm import files
-from rlm.checkpoint.manager import restore_variables
+from rlm.checkpoint.manager import open_variables
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import without_mtp
 from rlm.config import plain
@@ -78,11 +78,12 @@ def initial_variables(
         " one starts from its newest checkpoint.",
         stacklevel=2,
       )
-  variables = restore_variables(folder / "checkpoints")
+  stored, wanted = open_variables(folder / "checkpoints"), shapes(model)
+  held = stored.shapes
   if not model.cfg.num_nextn_predict_layers:
-    variables = drop_mtp(variables)
-  _refuse(init_from, differences(layout(variables), layout(shapes(model))))
-  return variables
+    held = drop_mtp(held)
+  _refuse(init_from, differences(layout(held), layout(wanted)))
+  return stored.load(wanted)
 
 
 def _published_variables(model: Transformer, folder: str) -> Any:

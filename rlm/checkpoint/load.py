@@ -3,28 +3,20 @@
 import dataclasses
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
 from rlm import files
-from rlm.checkpoint import int8
 from rlm.checkpoint.initial import drop_mtp, layout, shapes
-from rlm.checkpoint.manager import restore_variables
+from rlm.checkpoint.manager import open_variables
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import without_mtp
+from rlm.checkpoint.stored_arrays import StoredArrays
 from rlm.config import build, id_list
-from rlm.data.tokenizer import load_tokenizer
+from rlm.data.chat_formats import load_chat
 from rlm.models.config import ModelConfig
 from rlm.models.published_config import read_published_config
-from rlm.models.quantized import (
-  Int8Matrix,
-  is_quantized,
-  quantized_shapes,
-)
+from rlm.models.quantized import quantized_shapes
 from rlm.models.transformer import Transformer
 
 
@@ -41,7 +33,7 @@ def load_checkpoint(
 
   A published folder (config.json with model_type, safetensors) is streamed
   tensor by tensor to the devices; FP8 is dequantised on the way. Of a run the
-  newest checkpoint is taken.
+  newest checkpoint is taken, and streamed block by block.
 
   Args:
     folder: either of them; of a recipe, one of its stages' folders.
@@ -49,8 +41,8 @@ def load_checkpoint(
       keeps what the folder says.
     quantize: "int8" keeps the matrices of attention and feed-forward, experts
       included, as int8 with a scale per output channel (`Int8Matrix`), which
-      takes about a quarter of float32's memory; of a published folder no float
-      copy is made. For sampling and evaluation, not for training.
+      takes about a quarter of float32's memory; no float copy is made. For
+      sampling and evaluation, not for training.
     mtp: False leaves the MTP modules out, which transformers does when it
       saves.
     shardings: shapes of the variables -> a tree of `jax.sharding.Sharding`;
@@ -123,39 +115,51 @@ def _load_published(root, dtype, quantize, mtp, shardings, on_read):
   return model, variables
 
 
-def _load_run(root, config, dtype, quantize, mtp, shardings):
+def open_run(
+  root: pathlib.Path,
+  config: Mapping[str, Any],
+  *,
+  dtype: str | None = None,
+  mtp: bool = True,
+) -> tuple[Transformer, StoredArrays]:
+  """The model of a run's folder, and its variables before they are read.
+
+  Args:
+    root: the folder.
+    config: its config.json.
+    dtype: as in `load_checkpoint`.
+    mtp: as in `load_checkpoint`.
+
+  Raises:
+    ValueError: the folder holds other arrays than its config.json describes.
+  """
   cfg = build(ModelConfig, config["model"], "config.model")
   changes: dict[str, Any] = {}
   if dtype is not None:
     changes = {"dtype": dtype, "param_dtype": dtype}
   if not cfg.eos_token_id and "tokenizer" in config:
-    changes["eos_token_id"] = (load_tokenizer(config["tokenizer"]).eos_id,)
-  variables = restore_variables(root / "checkpoints")
+    changes["eos_token_id"] = load_chat(config["tokenizer"]).stop_tokens
+  stored = open_variables(root / "checkpoints")
+  held = stored.shapes
   if not mtp and cfg.num_nextn_predict_layers:
     changes["num_nextn_predict_layers"] = 0
-    variables = drop_mtp(variables)
+    held = drop_mtp(held)
   model = Transformer(dataclasses.replace(cfg, **changes))
-  wanted = shapes(model)
-  names = layout(variables).keys(), layout(wanted).keys()
+  names = layout(held).keys(), layout(shapes(model)).keys()
   if names[0] != names[1]:
     raise ValueError(
       f"{root} holds other arrays than its config.json describes:"
       f" {', '.join(sorted(names[0] ^ names[1]))}. An older version wrote it."
     )
-  variables = jax.tree.map(
-    lambda x, shape: jnp.asarray(x, shape.dtype), variables, wanted
-  )
-  if quantize:
-    wanted = quantized_shapes(wanted)
-    variables = jax.tree.map(
-      _quantized, wanted, variables, is_leaf=is_quantized
-    )
+  return model, stored
+
+
+def _load_run(root, config, dtype, quantize, mtp, shardings):
+  model, stored = open_run(root, config, dtype=dtype, mtp=mtp)
+  wanted = shapes(model)
   if shardings is not None:
-    variables = jax.device_put(variables, shardings(wanted))
+    shardings = shardings(quantized_shapes(wanted) if quantize else wanted)
+  variables = stored.load(
+    wanted, quantize=quantize is not None, shardings=shardings
+  )
   return model, variables
-
-
-def _quantized(shape, x):
-  if not is_quantized(shape):
-    return x
-  return Int8Matrix(*map(jnp.asarray, int8.quantize(np.asarray(x), axis=-2)))

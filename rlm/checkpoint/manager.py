@@ -2,7 +2,8 @@
 
 Everything that a bit-exact continuation needs is in one Orbax step folder:
 
-  checkpoints/600/state/         the pytree of arrays, by Orbax's StandardSave
+  checkpoints/600/state/         the pytree of arrays, by Orbax's StandardSave,
+                                 in chunks that a reader can hold
   checkpoints/600/record/        JSON: the run's config, the loop's `extra`, and
                                  each array's path, shape and dtype
   checkpoints/600/manifest.json  every file's size and CRC-32
@@ -62,6 +63,7 @@ import os
 import pathlib
 import shutil
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -71,6 +73,7 @@ import orbax.checkpoint as ocp
 
 from rlm import files
 from rlm.checkpoint import leaves, manifest
+from rlm.checkpoint.stored_arrays import StoredArrays, chunked, open_array
 from rlm.workdir import differences
 
 _ASIDE = ".aside-"  # prefix of folders that are no checkpoint (any more)
@@ -140,12 +143,13 @@ class CheckpointManager:
         path: leaves.describe(leaf) for path, leaf in leaves.flatten(state)
       },
     }
+    stored = jax.tree.map(leaves.stored, state)
     final, aside = self.folder / str(step), self.folder / f"{_ASIDE}new"
     with files.clear_disk_errors(final):
       self._orbax.save(
         aside,
         args=ocp.args.Composite(
-          state=ocp.args.StandardSave(jax.tree.map(leaves.stored, state)),
+          state=ocp.args.StandardSave(stored, jax.tree.map(chunked, stored)),
           record=ocp.args.JsonSave(record),
         ),
         force=True,  # over what a failed save left
@@ -266,19 +270,50 @@ def restore_part(
   Warns:
     UserWarning: a checkpoint was torn, and the one before was read.
   """
-  folder = pathlib.Path(folder).absolute()
-  if not folder.is_dir():
-    raise ValueError(f"{folder} does not exist: it should hold checkpoints.")
-  steps = _steps(folder)
-  if not steps or (step is not None and step not in steps):
-    raise ValueError(
-      f"{folder} has no checkpoint{'' if step is None else f' {step}'};"
-      f" found: {', '.join(map(str, steps)) or 'none'}."
-    )
-  step, _ = _newest_whole(folder, steps if step is None else [step])
-  # Reads StandardSave's layout, and parts of it.
+  folder = _whole_checkpoint(folder, step)
+  # Reads the record and StandardSave's layout.
   with _open_orbax(ocp.PyTreeCheckpointHandler()) as orbax:
-    return _read_part(orbax, folder / str(step), name)
+    record = _read_record(orbax, folder)
+    tree = orbax.metadata(folder).item_metadata.state.tree
+  _check_field(folder, name, tree)
+
+  def read(path, _):
+    text = leaves.path_text(path)
+    array = open_array(folder / "state", text.replace("/", "."))
+    # A copy, of which the device owns the memory.
+    data = jnp.array(array.read().result())
+    return leaves.as_leaf(data, record["arrays"][text])
+
+  return jax.tree.map_with_path(read, {name: tree[name]})[name]
+
+
+def open_variables(
+  folder: files.Path, *, step: int | None = None
+) -> StoredArrays:
+  """The model's variables, to be read as another stage needs them.
+
+  Args:
+    folder: a checkpoints' folder; nothing in it is changed.
+    step: which checkpoint; None is the newest that is whole.
+
+  Raises:
+    ValueError: as `restore_part`.
+  """
+  folder = _whole_checkpoint(folder, step)
+  with _open_orbax(ocp.PyTreeCheckpointHandler()) as orbax:
+    arrays = _read_record(orbax, folder)["arrays"]
+  _check_field(folder, "variables", {path.split("/")[0] for path in arrays})
+  shapes: dict[str, Any] = {}
+  for path, array in arrays.items():
+    field, *keys = path.split("/")
+    if field != "variables":
+      continue
+    tree = shapes
+    for key in keys[:-1]:
+      tree = tree.setdefault(key, {})
+    shape, dtype = tuple(array["shape"]), jnp.dtype(array["dtype"])
+    tree[keys[-1]] = jax.ShapeDtypeStruct(shape, dtype)
+  return StoredArrays(folder / "state", "variables", shapes)
 
 
 def restore_variables(folder: files.Path, *, step: int | None = None) -> Any:
@@ -336,6 +371,31 @@ def _newest_whole(
   )
 
 
+def _whole_checkpoint(folder: files.Path, step: int | None) -> pathlib.Path:
+  """Folder of the newest checkpoint that is whole, or of that step's."""
+  folder = pathlib.Path(folder).absolute()
+  if not folder.is_dir():
+    raise ValueError(f"{folder} does not exist: it should hold checkpoints.")
+  steps = _steps(folder)
+  if not steps or (step is not None and step not in steps):
+    raise ValueError(
+      f"{folder} has no checkpoint{'' if step is None else f' {step}'};"
+      f" found: {', '.join(map(str, steps)) or 'none'}."
+    )
+  step, _ = _newest_whole(folder, steps if step is None else [step])
+  return folder / str(step)
+
+
+def _check_field(
+  folder: pathlib.Path, name: str, fields: Iterable[str]
+) -> None:
+  if name not in fields:
+    raise ValueError(
+      f"the checkpoint {folder} has no {name!r}; it has"
+      f" {', '.join(sorted(fields))}."
+    )
+
+
 def _read_record(
   orbax: ocp.Checkpointer, folder: pathlib.Path
 ) -> dict[str, Any]:
@@ -345,34 +405,3 @@ def _read_record(
 
 def _layout(arrays: dict[str, Any]) -> dict[str, str]:
   return {path: f"{a['dtype']} {a['shape']}" for path, a in arrays.items()}
-
-
-def _read_part(orbax: ocp.Checkpointer, folder: pathlib.Path, name: str) -> Any:
-  record = _read_record(orbax, folder)
-  tree = orbax.metadata(folder).item_metadata.state.tree
-  if name not in tree:
-    raise ValueError(
-      f"the checkpoint {folder} has no {name!r}; it has"
-      f" {', '.join(sorted(tree))}."
-    )
-  target = jax.tree.map(lambda a: np.empty(a.shape, a.dtype), tree[name])
-  part = orbax.restore(
-    folder,
-    args=ocp.args.Composite(
-      state=ocp.args.PyTreeRestore(
-        {name: target},
-        restore_args={
-          name: jax.tree.map(
-            lambda _: ocp.RestoreArgs(restore_type=np.ndarray), target
-          )
-        },
-        partial_restore=True,
-      )
-    ),
-  ).state
-
-  def as_saved(path, data):
-    saved = record["arrays"][leaves.path_text(path)]
-    return leaves.as_leaf(jnp.array(data), saved)
-
-  return jax.tree_util.tree_map_with_path(as_saved, part)[name]

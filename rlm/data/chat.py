@@ -1,136 +1,128 @@
-"""Conversations <-> token ids and loss masks, in the format of DeepSeek-R1.
+"""How a model is written to: conversations <-> token ids and loss masks.
 
-One turn, markers being single tokens and nothing standing between them:
-
-  BOS User prompt Assistant <think> thinking </think><answer> answer </answer>
-  EOS
-
-The loss falls on what the assistant writes, EOS included, and on nothing else.
-A completion starts at `<think>`. Further turns follow without another BOS;
-each assistant turn ends with EOS.
+`Chat` is the face that data, rewards and sampling know. Two formats have it:
+`rlm.data.r1_chat`, the one our recipe trains, and `rlm.data.template_chat`,
+that of a published model. `rlm.data.chat_formats` picks one by a tokenizer.
 """
 
+import abc
 import dataclasses
 import json
 import os
-import re
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rlm import files
 from rlm.data.jsonl import read_jsonl
-from rlm.data.tokenizer import ANSWER, END_ANSWER, END_THINK, THINK, Tokenizer
+from rlm.data.tokenizer import Tokenizer, Vocabulary
 
-_REASONING = (THINK, END_THINK, ANSWER, END_ANSWER)
-# <think>..</think>, then <answer>..</answer> or plain text, and no more.
-_RESPONSE = re.compile(
-  rf"\s*{THINK}(?P<thinking>.*?){END_THINK}\s*"
-  rf"(?:{ANSWER}(?P<answer>.*?){END_ANSWER}\s*|(?P<plain>.*))",
-  re.DOTALL,
-)
+# Tokens of a document, and its loss mask: True where the model learns to write.
+Turn = tuple[list[int], list[bool]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-  """One worked turn: what supervised fine-tuning learns from."""
+  """One worked turn: what supervised fine-tuning learns from.
 
-  prompt: str
-  thinking: str
-  answer: str
-
-
-def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-  """BOS User prompt Assistant: what a sampler is given."""
-  return [
-    tokenizer.bos_id,
-    tokenizer.user_id,
-    *tokenizer.encode(prompt),
-    tokenizer.assistant_id,
-  ]
-
-
-def encode_response(
-  tokenizer: Tokenizer, thinking: str, answer: str
-) -> list[int]:
-  """The completion, from `<think>` to EOS."""
-  return [
-    tokenizer.think_id,
-    *tokenizer.encode(thinking),
-    tokenizer.end_think_id,
-    tokenizer.answer_id,
-    *tokenizer.encode(answer),
-    tokenizer.end_answer_id,
-    tokenizer.eos_id,
-  ]
-
-
-def encode_turn(
-  tokenizer: Tokenizer, prompt: str, thinking: str, answer: str
-) -> tuple[list[int], list[bool]]:
-  """Tokens of one turn and their loss mask, True on the response."""
-  asked = encode_prompt(tokenizer, prompt)
-  said = encode_response(tokenizer, thinking, answer)
-  return asked + said, [False] * len(asked) + [True] * len(said)
-
-
-def encode_messages(
-  tokenizer: Tokenizer, messages: Sequence[dict[str, Any]]
-) -> tuple[list[int], list[bool]]:
-  """Tokens and loss mask of a conversation of several turns.
-
-  Args:
-    tokenizer: spells the markers.
-    messages: {"role", "content"} each: an optional "system" first, then "user"
-      and "assistant" in turn, the last by the assistant. The assistant's
-      content is plain text, or `<think>..</think>` followed by
-      `<answer>..</answer>` or by plain text; its markers become tokens. The
-      same strings in other roles stay text.
-
-  Returns:
-    token ids, and the mask that is True on assistant turns and their EOS.
-
-  Raises:
-    ValueError: wrong order of roles, empty content, or broken markup.
+  Attributes:
+    question: what the user said.
+    response: what the assistant answered, thinking included.
   """
-  _check_roles(messages)
-  tokens, mask = [tokenizer.bos_id], [False]
-  for i, message in enumerate(messages):
-    role, content = message["role"], message.get("content")
-    if not isinstance(content, str) or not content.strip():
+
+  question: str
+  response: str
+
+
+class Chat(abc.ABC):
+  """The format of a conversation.
+
+  Attributes:
+    tokenizer: spells text; its `special_ids` are the control tokens.
+    stop_tokens: ids that end a completion, the one that a response is taught to
+      end with first.
+    pad_id: fills rows.
+    answer_format: where a response has its answer; a key of
+      `rlm.rewards.answers.PARSERS`.
+  """
+
+  tokenizer: Vocabulary
+  stop_tokens: tuple[int, ...]
+  pad_id: int
+  answer_format: Literal["tags", "boxed"]
+
+  @property
+  def markers(self) -> Tokenizer:
+    """The tokenizer, for text that is no conversation.
+
+    Raises:
+      ValueError: it lacks markers.
+    """
+    if not isinstance(self.tokenizer, Tokenizer):
       raise ValueError(
-        f"message {i} ({role}) has empty content. Remove the conversation or"
-        " fill the message."
+        "text outside a conversation needs the markers of rlm.data.tokenizer,"
+        f" which {self.tokenizer!r} lacks. Write a copy that has them with"
+        " rlm.data.tokenizer.add_markers, or train on conversations alone"
+        " (messages, or tasks with tagged=1.0)."
       )
-    if role == "system":
-      ids = tokenizer.encode(content)
-    elif role == "user":
-      ids = [
-        tokenizer.user_id,
-        *tokenizer.encode(content),
-        tokenizer.assistant_id,
-      ]
-    else:
-      ids = [*_encode_content(tokenizer, content, i), tokenizer.eos_id]
-    tokens += ids
-    mask += [role == "assistant"] * len(ids)
-  return tokens, mask
+    return self.tokenizer
+
+  @abc.abstractmethod
+  def question(self, prompt: str) -> str:
+    """What the user says to have a problem solved."""
+
+  @abc.abstractmethod
+  def encode_question(self, question: str) -> list[int]:
+    """What a sampler is given: a user's message, up to the assistant's turn."""
+
+  @abc.abstractmethod
+  def encode_response(self, thinking: str, answer: str) -> list[int]:
+    """A worked solution as the completion of a prompt, its end included."""
+
+  @abc.abstractmethod
+  def encode_messages(self, messages: Sequence[dict[str, Any]]) -> list[Turn]:
+    """A conversation, as documents to learn from.
+
+    Args:
+      messages: {"role", "content"} each, ending with the assistant.
+
+    Raises:
+      ValueError: wrong order of roles, empty content, or broken markup.
+    """
+
+  @abc.abstractmethod
+  def response_text(self, tokens: Iterable[int]) -> str:
+    """The text of a response, without its end, as rewards read it.
+
+    Args:
+      tokens: of the completion; what the prompt opened is put before them.
+    """
+
+  def encode_prompt(self, prompt: str) -> list[int]:
+    """A problem, as the sampler is asked it."""
+    return self.encode_question(self.question(prompt))
+
+  def encode_turn(self, prompt: str, thinking: str, answer: str) -> Turn:
+    """A problem with a worked solution, True on the response."""
+    asked = self.encode_prompt(prompt)
+    said = self.encode_response(thinking, answer)
+    return asked + said, [False] * len(asked) + [True] * len(said)
 
 
 def load_messages(
-  path: str | os.PathLike, tokenizer: Tokenizer, *, row_length: int
-) -> list[tuple[list[int], list[bool]]]:
+  path: str | os.PathLike, chat: Chat, *, row_length: int
+) -> list[Turn]:
   """Conversations of a JSONL file, `{"messages": [{"role", "content"}...]}`.
 
   Args:
     path: the file, a conversation per line.
-    tokenizer: spells the markers.
+    chat: how they are written.
     row_length: tokens of a row; a conversation is never cut.
 
   Returns:
-    (tokens, loss mask) of each line, as `encode_messages` gives them.
+    (tokens, loss mask) of each document that `chat` makes of the lines.
 
   Raises:
-    ValueError: see `read_jsonl` and `encode_messages`, or a conversation
+    ValueError: see `read_jsonl` and `Chat.encode_messages`, or a conversation
       longer than a row; each with file and line.
   """
   documents = []
@@ -144,38 +136,36 @@ def load_messages(
         f" keys {', '.join(record) or 'none'}."
       )
     try:
-      tokens, mask = encode_messages(tokenizer, messages)
-      check_fits(len(tokens), row_length, "this conversation")
+      for tokens, mask in chat.encode_messages(messages):
+        check_fits(len(tokens), row_length, "this conversation")
+        documents.append((tokens, mask))
     except ValueError as error:
       raise ValueError(f"{path}:{number}: {error}") from error
-    documents.append((tokens, mask))
   return documents
 
 
 def save_messages(path: str | os.PathLike, traces: Iterable[Trace]) -> None:
-  """Writes traces, atomically, as a messages file that `load_messages` reads.
-
-  Raises:
-    ValueError: a trace spells one of the four markers in its own text, which
-      the file could not tell from its markup. Nothing is written then.
-  """
+  """Writes a messages file that `load_messages` reads, atomically."""
   lines = []
-  for i, trace in enumerate(traces):
-    if any(marker in trace.thinking + trace.answer for marker in _REASONING):
-      raise ValueError(
-        f"trace {i} spells a marker in its text: {trace.thinking[:40]!r}."
-        " Leave it out; a response has each marker once."
-      )
-    content = (
-      f"{THINK}{trace.thinking}{END_THINK}{ANSWER}{trace.answer}{END_ANSWER}"
-    )
+  for trace in traces:
     messages = [
-      {"role": "user", "content": trace.prompt},
-      {"role": "assistant", "content": content},
+      {"role": "user", "content": trace.question},
+      {"role": "assistant", "content": trace.response},
     ]
     lines.append(json.dumps({"messages": messages}, ensure_ascii=False))
   text = "".join(line + "\n" for line in lines)
   files.write_bytes(path, text.encode("utf-8"))
+
+
+def check_content(message: dict[str, Any], index: int) -> str:
+  """The text of a message; ValueError where it has none."""
+  content = message.get("content")
+  if not isinstance(content, str) or not content.strip():
+    raise ValueError(
+      f"message {index} ({message.get('role')}) has empty content. Remove the"
+      " conversation or fill the message."
+    )
+  return content
 
 
 def check_fits(length: int, row_length: int, what: str) -> None:
@@ -185,43 +175,3 @@ def check_fits(length: int, row_length: int, what: str) -> None:
       f"{what} is {length} tokens long, but a row has {row_length=}. Shorten"
       f" it, or set row_length to at least {length}."
     )
-
-
-def _check_roles(messages: Sequence[dict[str, Any]]) -> None:
-  roles = [message.get("role") for message in messages]
-  turns = roles[1:] if roles[:1] == ["system"] else roles
-  expected = ["user", "assistant"] * (len(turns) // 2)
-  if not turns or turns != expected:
-    raise ValueError(
-      f"roles are {', '.join(map(str, roles)) or 'none'}; needed: an optional"
-      " system, then user and assistant in turn, ending with assistant."
-    )
-
-
-def _encode_content(
-  tokenizer: Tokenizer, content: str, index: int
-) -> list[int]:
-  """An assistant's content; its four markers become tokens."""
-  if not any(marker in content for marker in _REASONING):
-    return tokenizer.encode(content)
-  match = _RESPONSE.fullmatch(content)
-  parts = match.groupdict() if match else {}
-  inside = [part for part in parts.values() if part is not None]
-  if not match or any(m in part for m in _REASONING for part in inside):
-    raise ValueError(
-      f"message {index} (assistant) has broken markup. Needed: plain text, or"
-      f" {THINK}..{END_THINK} and then {ANSWER}..{END_ANSWER} or plain text."
-    )
-  ids = [
-    tokenizer.think_id,
-    *tokenizer.encode(parts["thinking"]),
-    tokenizer.end_think_id,
-  ]
-  if parts["answer"] is None:
-    return ids + tokenizer.encode(parts["plain"])
-  return [
-    *ids,
-    tokenizer.answer_id,
-    *tokenizer.encode(parts["answer"]),
-    tokenizer.end_answer_id,
-  ]

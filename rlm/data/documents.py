@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlm.data.chat import check_fits, encode_turn
+from rlm.data.chat import Chat, check_fits
 from rlm.data.fim import fim_tokens, split_text
 from rlm.data.tokenizer import Tokenizer
 
@@ -101,7 +101,7 @@ class Task(Protocol):
 
 
 def task_documents(
-  tokenizer: Tokenizer,
+  chat: Chat,
   task: Task,
   *,
   count: int,
@@ -124,7 +124,7 @@ def task_documents(
   prompt is noise, and predicting it wastes a small model.
 
   Args:
-    tokenizer: spells text and markers.
+    chat: how the model is written to.
     task: draws problems and writes solutions.
     count: number of documents.
     levels: difficulties drawn from uniformly; a repeated one weighs more.
@@ -150,10 +150,11 @@ def task_documents(
       problem = task.problem(seed, i, level, split)
       solution = solve(problem, rng)
       if is_tagged:
-        tokens, mask = encode_turn(
-          tokenizer, problem.prompt, solution.thinking, solution.answer
+        tokens, mask = chat.encode_turn(
+          problem.prompt, solution.thinking, solution.answer
         )
       else:
+        tokenizer = chat.markers
         asked = tokenizer.encode(problem.prompt + "\n")
         said = tokenizer.encode(f"{solution.thinking}\n{solution.answer}")
         tokens = [tokenizer.bos_id, *asked, *said, tokenizer.eos_id]

@@ -83,14 +83,12 @@ class ModelTokenizer(Vocabulary):
   def __init__(self, folder: str | os.PathLike):
     self._folder = pathlib.Path(folder)
     pair = read_byte_level(folder)
-    super().__init__(pair.token_bytes)
-    self.special_ids = pair.control_ids
+    super().__init__(pair.control_ids, pair.token_bytes)
     self._with_special, self._plain = pair.with_special, pair.plain
-    self._control = frozenset(pair.control_ids.values())
     leaks = [
       token
       for token in self.special_ids
-      if self._control & set(self.encode(token))
+      if self._id_is_special & set(self.encode(token))
     ]
     if leaks:
       raise ValueError(
@@ -128,24 +126,12 @@ class ModelTokenizer(Vocabulary):
     return ChatTemplate(self._folder)
 
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-    """Token ids of a text, without BOS or EOS.
-
-    Args:
-      text: any text.
-      allow_special: control tokens spelt in the text become their single ids;
-        for text of our own making, never for a user's.
-    """
     tokenizer = self._with_special if allow_special else self._plain
     return tokenizer.encode(text, add_special_tokens=False).ids
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """int32 [length] of each text, as `encode` gives them, faster."""
     encoded = self._plain.encode_batch(list(texts), add_special_tokens=False)
     return [np.array(e.ids, np.int32) for e in encoded]
-
-  def is_special(self, token: int) -> bool:
-    """Whether an id is a control token's."""
-    return int(token) in self._control
 
   def encode_chat(
     self,
@@ -195,7 +181,7 @@ class ModelTokenizer(Vocabulary):
     ids: list[int] = []
     end = 0
     for i, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True):
-      if i in self._control:
+      if i in self._id_is_special:
         ids += self.encode(_given_back(text[end:start], stand_ins))
         ids.append(i)
         end = stop

@@ -14,11 +14,12 @@ from typing import Any
 import grain
 import numpy as np
 
+from rlm.data.chat import Chat
 from rlm.data.documents import Task
 from rlm.data.packing import PackedRows, empty_row, pack_documents
 from rlm.data.sources import DataConfig, Loading, Source, Split, TextSource
 from rlm.data.text import ngram_entropy
-from rlm.data.tokenizer import Tokenizer
+from rlm.data.tokenizer import Vocabulary
 
 Batch = dict[str, np.ndarray]
 
@@ -60,7 +61,7 @@ class Heldout:
 
 def make_stream(
   cfg: DataConfig,
-  tokenizer: Tokenizer,
+  chat: Chat,
   *,
   seed: int,
   tasks: Mapping[str, Task],
@@ -69,7 +70,7 @@ def make_stream(
 
   Args:
     cfg: the data section.
-    tokenizer: spells text and markers.
+    chat: how the model is written to.
     seed: of the run; each source has its own, derived from it and its name.
     tasks: the run's tasks by name.
 
@@ -80,7 +81,7 @@ def make_stream(
   for name, source in cfg.sources.items():
     if source.weight:
       packed[name], record[name] = _pack_source(
-        cfg, name, tokenizer, tasks, seed, "train"
+        cfg, name, chat, tasks, seed, "train"
       )
       if not len(packed[name]):
         raise ValueError(
@@ -91,7 +92,7 @@ def make_stream(
     packed,
     {name: cfg.sources[name].weight for name in packed},
     seed=seed,
-    padding=empty_row(cfg.row_length, tokenizer.pad_id),
+    padding=empty_row(cfg.row_length, chat.pad_id),
     record=record,
   )
 
@@ -202,7 +203,7 @@ def iterate_batches(
 
 def load_heldout(
   cfg: DataConfig,
-  tokenizer: Tokenizer,
+  chat: Chat,
   *,
   seed: int,
   tasks: Mapping[str, Task],
@@ -214,7 +215,7 @@ def load_heldout(
 
   Args:
     cfg: the data section.
-    tokenizer: spells text and markers.
+    chat: how the model is written to.
     seed: of the run, the one that `make_stream` is given.
     tasks: the run's tasks by name.
     batch_size: B, rows of a batch over all processes.
@@ -227,17 +228,15 @@ def load_heldout(
     )
   heldout = {}
   for name, source in cfg.sources.items():
-    packed, _ = _pack_source(cfg, name, tokenizer, tasks, seed, "heldout")
+    packed, _ = _pack_source(cfg, name, chat, tasks, seed, "heldout")
     rng = np.random.default_rng(_fold(seed, "heldout", name))
     chosen = rng.permutation(len(packed))[: cfg.heldout_rows].tolist()
     if not chosen:
       continue
     rows = [packed[r] for r in chosen]
-    texts = _target_bytes(rows, tokenizer)
+    texts = _target_bytes(rows, chat.tokenizer)
     is_text = isinstance(source, TextSource)
-    rows += [empty_row(cfg.row_length, tokenizer.pad_id)] * (
-      -len(rows) % batch_size
-    )
+    rows += [empty_row(cfg.row_length, chat.pad_id)] * (-len(rows) % batch_size)
     heldout[name] = Heldout(
       batches=[
         _stack(rows[begin + process_index : begin + batch_size : process_count])
@@ -253,7 +252,7 @@ def load_heldout(
 def _pack_source(
   cfg: DataConfig,
   name: str,
-  tokenizer: Tokenizer,
+  chat: Chat,
   tasks: Mapping[str, Task],
   seed: int,
   split: Split,
@@ -263,7 +262,7 @@ def _pack_source(
   try:
     documents, about = source.load(
       Loading(
-        tokenizer=tokenizer,
+        chat=chat,
         tasks=tasks,
         seed=_fold(seed, "documents", name),
         split=split,
@@ -278,7 +277,7 @@ def _pack_source(
     layout=source.layout,
     window=cfg.packing_window,
     seed=_fold(seed, "packing", name),
-    pad_id=tokenizer.pad_id,
+    pad_id=chat.pad_id,
   )
   return packed, {
     "kind": source.kind,
@@ -291,7 +290,7 @@ def _pack_source(
   }
 
 
-def _target_bytes(rows: Sequence[Batch], tokenizer: Tokenizer) -> list[bytes]:
+def _target_bytes(rows: Sequence[Batch], tokenizer: Vocabulary) -> list[bytes]:
   """The text among the targets, one piece per unbroken run of it."""
   has_text = tokenizer.text_lengths() > 0
   pieces = []

@@ -3,7 +3,7 @@
 A folder brings its own way of asking. A published one (and one converted from
 it, which keeps the files in `published/`) has a tokenizer and a chat template;
 a base model has no template and continues plain text; a run of ours has the
-tokenizer that its config names and the format of `rlm.data.chat`.
+tokenizer that its config names and the format of `rlm.data.chat_formats`.
 
   prompts = load_prompts(folder)
   ids = prompts.encode_prompt("What is 2 + 2?")
@@ -19,17 +19,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlm import files
-from rlm.data.chat import encode_prompt
+from rlm.data.chat_formats import load_chat
 from rlm.data.chat_template import Message, read_tokenizer_config
 from rlm.data.model_tokenizer import ModelTokenizer
+from rlm.data.r1_chat import R1Chat
 from rlm.data.thinking import opens_thinking
 from rlm.data.tokenizer import (
   ANSWER,
   END_ANSWER,
   END_THINK,
   THINK,
-  Tokenizer,
-  load_tokenizer,
 )
 
 _MARKUP = re.compile(f"({THINK}|{END_THINK}|{ANSWER}|{END_ANSWER})")
@@ -80,10 +79,10 @@ class PublishedPrompts:
 
 
 class RunPrompts:
-  """Of a run of ours, in the format of `rlm.data.chat`.
+  """Of a run of ours, in the format of R1.
 
   Args:
-    tokenizer: the run's.
+    chat: the run's.
 
   Attributes: as `PublishedPrompts`.
   """
@@ -91,14 +90,15 @@ class RunPrompts:
   folder: pathlib.Path | None = None
   has_messages = True
 
-  def __init__(self, tokenizer: Tokenizer):
-    self.tokenizer = tokenizer
-    self.stop_tokens: tuple[int, ...] = (tokenizer.eos_id,)
+  def __init__(self, chat: R1Chat):
+    self._chat = chat
+    self.tokenizer = chat.tokenizer
+    self.stop_tokens = chat.stop_tokens
 
   def encode_prompt(self, text: str) -> list[int]:
     """A user's message."""
     _check_characters(text)
-    return encode_prompt(self.tokenizer, text)
+    return self._chat.encode_question(text)
 
   def encode_messages(self, messages: Sequence[Message]) -> list[int]:
     """A conversation, up to where the assistant's turn begins.
@@ -122,7 +122,7 @@ class RunPrompts:
       if not isinstance(content, str):
         raise ValueError(f"message {i} needs a text under 'content'.")
       if message["role"] == "user":
-        ids += encode_prompt(t, content)[1:]  # BOS stands once
+        ids += self._chat.encode_question(content)[1:]  # BOS stands once
       elif message["role"] == "system":
         ids += t.encode(content)
       else:
@@ -173,7 +173,10 @@ def load_prompts(folder: str | os.PathLike) -> Prompts:
         " folder, which has model_type, and no training run's. A converted one"
         " has its tokenizer's files in published/."
       )
-  return RunPrompts(load_tokenizer(config["tokenizer"]))
+  chat = load_chat(config["tokenizer"])
+  if isinstance(chat, R1Chat):
+    return RunPrompts(chat)
+  return PublishedPrompts(config["tokenizer"])
 
 
 class Conversation:

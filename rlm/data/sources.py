@@ -17,10 +17,9 @@ from typing import Any, Literal
 from rlm.config import build, did_you_mean, plain
 from rlm.data import documents as documents_lib
 from rlm.data import text as text_lib
-from rlm.data.chat import load_messages
+from rlm.data.chat import Chat, load_messages
 from rlm.data.documents import Documents, Task
 from rlm.data.packing import Layout
-from rlm.data.tokenizer import Tokenizer
 
 Split = Literal["train", "heldout"]
 
@@ -30,14 +29,14 @@ class Loading:
   """What a source needs to turn itself into documents.
 
   Attributes:
-    tokenizer: spells text and markers.
+    chat: how the model is written to.
     tasks: the run's tasks by name, for sources of kind "task".
     seed: of this source.
     split: "train" or "heldout".
     row_length: tokens of a row.
   """
 
-  tokenizer: Tokenizer
+  chat: Chat
   tasks: Mapping[str, Task]
   seed: int
   split: Split
@@ -99,7 +98,7 @@ class TextSource(Source):
     train = loading.split == "train"
     texts = [d.text for d in (corpus.train if train else corpus.heldout)]
     documents = documents_lib.text_documents(
-      loading.tokenizer,
+      loading.chat.markers,
       texts,
       fim_rate=self.fim_rate if train else 0.0,
       seed=loading.seed,
@@ -107,6 +106,7 @@ class TextSource(Source):
     return documents, corpus.record
 
   def check(self, loading: Loading) -> None:
+    _ = loading.chat.markers  # or it raises
     self.corpus()
 
 
@@ -211,7 +211,7 @@ class TaskSource(Source):
         f" run's tasks are {', '.join(loading.tasks) or 'none'}."
       )
     return documents_lib.task_documents(
-      loading.tokenizer,
+      loading.chat,
       loading.tasks[self.task],
       count=count,
       levels=self.levels,
@@ -245,7 +245,7 @@ class MessagesSource(Source):
     if loading.split == "heldout":
       return Documents.join([]), {}
     conversations = load_messages(
-      self.path, loading.tokenizer, row_length=loading.row_length
+      self.path, loading.chat, row_length=loading.row_length
     )
     # Not the path: a recipe's folder may move, with what its stages wrote.
     content = pathlib.Path(self.path).read_bytes()
@@ -320,7 +320,7 @@ class DataConfig:
 
 def check_sources(
   cfg: DataConfig,
-  tokenizer: Tokenizer,
+  chat: Chat,
   tasks: Mapping[str, Task],
   *,
   seed: int,
@@ -333,7 +333,7 @@ def check_sources(
 
   Args:
     cfg: the data section.
-    tokenizer: spells text and markers.
+    chat: how the model is written to.
     tasks: the run's tasks by name.
     seed: of the run.
     pending: a folder whose files are yet to be written: they are not looked at.
@@ -348,7 +348,7 @@ def check_sources(
     ):
       continue
     loading = Loading(
-      tokenizer=tokenizer,
+      chat=chat,
       tasks=tasks,
       seed=seed,
       split="train",

@@ -46,15 +46,50 @@ class Vocabulary:
   """What ids stand for, and how their bytes are put together.
 
   Args:
+    special_ids: string -> id of every control token.
     token_bytes: of each id.
 
   Attributes:
+    special_ids: as given.
     n_vocab_used: ids at or above it never occur; the head masks them.
   """
 
-  def __init__(self, token_bytes: Sequence[bytes]):
+  def __init__(self, special_ids: dict[str, int], token_bytes: Sequence[bytes]):
+    self.special_ids = special_ids
     self.n_vocab_used = len(token_bytes)
     self._token_bytes = token_bytes
+    self._id_is_special = frozenset(special_ids.values())
+
+  def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
+    """Token ids of a text, without BOS or EOS.
+
+    Args:
+      text: any text.
+      allow_special: control tokens spelt in the text become their single ids;
+        for text of our own making, never for a user's.
+    """
+    raise NotImplementedError
+
+  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+    """int32 [length] of each text, as `encode` gives them, faster."""
+    raise NotImplementedError
+
+  def is_special(self, token: int) -> bool:
+    """Whether an id is a control token's."""
+    return int(token) in self._id_is_special
+
+  def text_lengths(self) -> np.ndarray:
+    """int32 [n_vocab_used]: bytes of text per id, 0 for control tokens.
+
+    Bits per byte divides by their sum over the targets.
+    """
+    return np.array(
+      [
+        0 if self.is_special(i) else len(self._token_bytes[i])
+        for i in range(self.n_vocab_used)
+      ],
+      np.int32,
+    )
 
   def token_bytes(self, token: int) -> bytes:
     """The bytes that one id stands for; a marker's are its string's."""
@@ -75,19 +110,16 @@ class Vocabulary:
 
 
 class Tokenizer(Vocabulary):
-  """What both tokenizers share: marker ids, and how bytes are put together.
+  """A vocabulary with markers: all that our own recipe writes with.
 
   Attributes:
     special_ids: marker string -> id, for each of `MARKERS`.
-    n_vocab_used: ids at or above it never occur; the head masks them.
     bos_id, eos_id, pad_id, user_id, assistant_id, fim_begin_id, fim_hole_id,
       fim_end_id, think_id, end_think_id, answer_id, end_answer_id: int.
   """
 
   def __init__(self, special_ids: dict[str, int], token_bytes: Sequence[bytes]):
-    super().__init__(token_bytes)
-    self.special_ids = special_ids
-    self._id_is_special = frozenset(special_ids.values())
+    super().__init__(special_ids, token_bytes)
     self.bos_id = special_ids[BOS]
     self.eos_id = special_ids[EOS]
     self.pad_id = special_ids[PAD]
@@ -100,37 +132,6 @@ class Tokenizer(Vocabulary):
     self.end_think_id = special_ids[END_THINK]
     self.answer_id = special_ids[ANSWER]
     self.end_answer_id = special_ids[END_ANSWER]
-
-  def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
-    """Token ids of a text, without BOS or EOS.
-
-    Args:
-      text: any text.
-      allow_special: marker strings inside become their single ids; for text
-        of our own making, never for a user's.
-    """
-    raise NotImplementedError
-
-  def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-    """int32 [length] of each text, as `encode` gives them, faster."""
-    raise NotImplementedError
-
-  def is_special(self, token: int) -> bool:
-    """Whether an id is one of `MARKERS`."""
-    return int(token) in self._id_is_special
-
-  def text_lengths(self) -> np.ndarray:
-    """int32 [n_vocab_used]: bytes of text per id, 0 for markers.
-
-    Bits per byte divides by their sum over the targets.
-    """
-    return np.array(
-      [
-        0 if self.is_special(i) else len(self._token_bytes[i])
-        for i in range(self.n_vocab_used)
-      ],
-      np.int32,
-    )
 
 
 class ByteTokenizer(Tokenizer):
@@ -279,24 +280,17 @@ def read_byte_level(folder: str | os.PathLike) -> ByteLevelBPE:
   )
 
 
-def load_tokenizer(name: str) -> Tokenizer:
-  """The tokenizer that a config names: "bytes", or a folder's path."""
-  return ByteTokenizer() if name == "bytes" else HFTokenizer(name)
-
-
-def load_model_tokenizer(name: str, n_vocab_used: int) -> Tokenizer:
-  """The tokenizer that a config names beside a model.
+def missing_markers(folder: str | os.PathLike) -> list[str]:
+  """Those of `MARKERS` that are no single tokens of a folder's tokenizer.json.
 
   Raises:
-    ValueError: the model uses another number of ids.
+    ValueError: there is no such file, or it is not readable.
   """
-  tokenizer = load_tokenizer(name)
-  if tokenizer.n_vocab_used != n_vocab_used:
-    raise ValueError(
-      f"config.model.n_vocab_used={n_vocab_used}, but the tokenizer {name!r}"
-      f" uses {tokenizer.n_vocab_used} ids. Set it to that."
-    )
-  return tokenizer
+  path = _tokenizer_json(folder)
+  spec = _read_spec(path)
+  known = {token["content"] for token in spec["added_tokens"]}
+  known.update(spec["model"]["vocab"])
+  return [marker for marker in MARKERS if marker not in known]
 
 
 _COMPANIONS = (

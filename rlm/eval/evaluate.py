@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from rlm import flops
-from rlm.data.tokenizer import Tokenizer
+from rlm.data.chat import Chat
 from rlm.eval.config import EvaluationConfig
 from rlm.eval.pass_at_k import (
   Interval,
@@ -91,7 +91,7 @@ def sample_problems(
   variables: Any,
   task: Task,
   problems: Sequence[Problem],
-  tokenizer: Tokenizer,
+  chat: Chat,
   scorer: Scorer,
   key: jax.Array,
   *,
@@ -104,7 +104,7 @@ def sample_problems(
     variables: of the model.
     task: whose split the problems must be held out in.
     problems: P problems.
-    tokenizer: encodes prompts, decodes completions.
+    chat: encodes prompts, decodes completions.
     scorer: judges texts.
     key: of the evaluation; see `request_keys`.
     samples_per_problem: n.
@@ -118,7 +118,7 @@ def sample_problems(
     sampler,
     variables,
     problems,
-    tokenizer,
+    chat,
     scorer,
     request_keys(key, len(problems) * n),
     samples_per_problem=n,
@@ -140,7 +140,7 @@ def evaluate(
   sampler: Sampler,
   variables: Any,
   task: Task,
-  tokenizer: Tokenizer,
+  chat: Chat,
   scorer: Scorer,
   cfg: EvaluationConfig,
   model: ModelConfig,
@@ -157,7 +157,7 @@ def evaluate(
     sampler: draws.
     variables: of the model.
     task: the family.
-    tokenizer: encodes prompts, decodes completions.
+    chat: encodes prompts, decodes completions.
     scorer: judges texts.
     cfg: what is asked.
     model: sizes of the model, to say what sampling cost.
@@ -183,7 +183,7 @@ def evaluate(
         variables,
         task,
         [p for p in problems if p.level == level],
-        tokenizer,
+        chat,
         scorer,
         jax.random.fold_in(key, level),
         samples_per_problem=cfg.samples_per_problem,

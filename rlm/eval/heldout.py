@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlm.data.chat import check_fits, encode_turn
+from rlm.data.chat import Chat, check_fits
 from rlm.data.packing import empty_row
 from rlm.data.pipeline import Heldout
-from rlm.data.tokenizer import Tokenizer
 from rlm.losses import Batch, is_greedy, shift_targets, token_logprobs
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.tasks.base import Task
@@ -101,7 +100,7 @@ class WorkedProblems(NamedTuple):
 
 def worked_problems(
   task: Task,
-  tokenizer: Tokenizer,
+  chat: Chat,
   *,
   levels: Sequence[int],
   problems_per_level: int,
@@ -113,7 +112,7 @@ def worked_problems(
 
   Args:
     task: the family; it must have worked solutions.
-    tokenizer: spells text and markers.
+    chat: how the model is written to.
     levels: difficulties.
     problems_per_level: how many of each.
     seed: names the stream of problems.
@@ -133,18 +132,18 @@ def worked_problems(
     for i in range(problems_per_level):
       problem = task.problem(seed, i, level, "heldout")
       solution = task.worked_solution(problem)
-      tokens, mask = encode_turn(
-        tokenizer, problem.prompt, solution.thinking, solution.answer
+      tokens, mask = chat.encode_turn(
+        problem.prompt, solution.thinking, solution.answer
       )
       check_fits(len(tokens), row_length, f"a problem of {level=}")
-      row = empty_row(row_length, tokenizer.pad_id)
+      row = empty_row(row_length, chat.pad_id)
       row["tokens"][: len(tokens)] = tokens
       row["loss_mask"][: len(tokens)] = mask
       row["segment_ids"][: len(tokens)] = 1
       row["positions"][: len(tokens)] = np.arange(len(tokens))
       rows.append(row)
       row_levels.append(level)
-  rows += [empty_row(row_length, tokenizer.pad_id)] * (-len(rows) % batch_size)
+  rows += [empty_row(row_length, chat.pad_id)] * (-len(rows) % batch_size)
   batches = [
     {
       key: np.stack([row[key] for row in rows[begin : begin + batch_size]])

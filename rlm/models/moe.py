@@ -270,8 +270,11 @@ def routed_experts_dense(x, gates, expert_ids, weights):
   n_experts = gate_proj.shape[0]
   one_hot = jax.nn.one_hot(expert_ids, n_experts, dtype=jnp.float32)
   gate_NE = einsum("NK,NKE->NE", gates, one_hot)
-  gate = dot("ND,EDF->ENF", x, gate_proj)
-  up = dot("ND,EDF->ENF", x, up_proj)
+  # A copy of the rows for each expert: joined over the experts, the product
+  # would want the matrices transposed, which are larger.
+  rows = jnp.broadcast_to(x, (n_experts, *x.shape))
+  gate = dot("END,EDF->ENF", rows, gate_proj)
+  up = dot("END,EDF->ENF", rows, up_proj)
   h = (nn.silu(gate) * up).astype(jnp.float32) * gate_NE.T[:, :, None]
   return dot("ENF,EFD->ND", h.astype(x.dtype), down_proj)
 

@@ -10,8 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from rlm.data.chat import encode_prompt
-from rlm.data.tokenizer import Tokenizer
+from rlm.data.chat import Chat
 from rlm.rewards.registry import Scored
 from rlm.tasks.base import Problem
 
@@ -38,7 +37,7 @@ class Answers:
     problems: the P problems, each n times.
     prompts: their token ids, chat markers included.
     completions: `rlm.sampling.sampler.Completions` of the P * n requests.
-    texts: the completions' texts, without EOS.
+    texts: the responses' texts, without EOS; see `Chat.response_text`.
     scores: the verdicts.
   """
 
@@ -63,7 +62,7 @@ def answer_problems(
   sampler: Sampler,
   variables: Any,
   problems: Sequence[Problem],
-  tokenizer: Tokenizer,
+  chat: Chat,
   scorer: Scorer,
   keys: Any,
   *,
@@ -75,10 +74,10 @@ def answer_problems(
   nothing, even if its text so far has the whole format.
 
   Args:
-    sampler: draws; its stop token must be the tokenizer's EOS, alone.
+    sampler: draws; its stop tokens must be the chat's, and no more.
     variables: of the model.
     problems: P problems.
-    tokenizer: encodes prompts, decodes completions.
+    chat: encodes prompts, decodes completions.
     scorer: judges texts.
     keys: [P * n], one per request; the sampler's.
     samples_per_problem: n.
@@ -88,11 +87,11 @@ def answer_problems(
   """
   n = samples_per_problem
   repeated = [problem for problem in problems for _ in range(n)]
-  asked = [encode_prompt(tokenizer, problem.prompt) for problem in problems]
+  asked = [chat.encode_prompt(problem.prompt) for problem in problems]
   prompts = [ids for ids in asked for _ in range(n)]
   completions = sampler.generate(variables, prompts, keys)
   texts = [
-    tokenizer.decode(_spoken(completions, i)) for i in range(len(prompts))
+    chat.response_text(_spoken(completions, i)) for i in range(len(prompts))
   ]
   return Answers(
     problems=repeated,

@@ -1,4 +1,4 @@
-"""Responses as text: R1's format, and when two short answers are equal.
+"""Responses as text: where their answer is, and when two answers are equal.
 
 Everything here reads untrusted model text in linear time and executes
 nothing: no regular expression backtracks and no number is parsed whose length
@@ -7,12 +7,14 @@ is not bounded.
 
 import dataclasses
 import re
+from collections.abc import Callable
 from fractions import Fraction
 
 THINK = "<think>"
 END_THINK = "</think>"
 ANSWER = "<answer>"
 END_ANSWER = "</answer>"
+_BOXED = r"\boxed{"
 _MARKERS = (THINK, END_THINK, ANSWER, END_ANSWER)
 
 _MAX_NUMBER_CHARS = 64
@@ -27,8 +29,8 @@ class Response:
 
   Attributes:
     thinking: text between the think markers; "" if not well formed.
-    answer: text between the answer markers; "" if not well formed.
-    well_formed: whether the response is R1's format and nothing else.
+    answer: the final answer; "" if not well formed.
+    well_formed: whether the response has its format and nothing else.
   """
 
   thinking: str
@@ -56,6 +58,50 @@ def parse_response(text: str) -> Response:
   ):
     return Response("", "", False)
   return Response(thinking, answer, True)
+
+
+def parse_boxed(text: str) -> Response:
+  r"""Takes `<think>...</think> ... \boxed{answer} ...` apart.
+
+  The form of the published R1 models and of Qwen's. The thinking may be left
+  out, for models that do not think; begun, it must end, once. What stands in
+  the last `\boxed{}` after it is the answer, its braces balanced; a box within
+  the thinking is none.
+
+  Args:
+    text: the response, what the prompt opened of it included, without EOS.
+  """
+  thinking, ended, rest = text.partition(END_THINK)
+  if not ended:
+    thinking, rest = "", text
+  elif not thinking.startswith(THINK):
+    return Response("", "", False)
+  thinking = thinking.removeprefix(THINK)
+  answer = _last_boxed(rest)
+  if answer is None or any(m in thinking + rest for m in (THINK, END_THINK)):
+    return Response("", "", False)
+  return Response(thinking, answer, True)
+
+
+def _last_boxed(text: str) -> str | None:
+  """What the last box of a text holds; None where it has none, or no end."""
+  start = text.rfind(_BOXED)
+  if start < 0:
+    return None
+  start += len(_BOXED)
+  depth = 1
+  for i, character in enumerate(text[start:], start):
+    depth += (character == "{") - (character == "}")
+    if depth == 0:
+      return text[start:i]
+  return None
+
+
+# Answer format -> what takes a response of it apart.
+PARSERS: dict[str, Callable[[str], Response]] = {
+  "tags": parse_response,
+  "boxed": parse_boxed,
+}
 
 
 def answers_match(expected: str, given: str) -> bool:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 
 from rlm.config import did_you_mean
-from rlm.rewards.answers import Response, parse_response
+from rlm.rewards.answers import PARSERS, Response
 from rlm.tasks.base import Problem, Task
 
 # (task, problem, response, finished) -> reward before its weight.
@@ -25,7 +25,7 @@ class Scored:
     total: weighted sum of the rewards; what RL maximises.
     rewards: each reward before its weight, by name.
     correct: the answer is right, in a finished, well-formed response.
-    well_formed: R1's format and ended by itself, not cut off.
+    well_formed: has its format and ended by itself, not cut off.
     steps_correct: every step of the thinking is right. False too where the
       task cannot check steps (`Task.has_worked_solutions`).
     answer: what was answered; "" if not well formed.
@@ -51,7 +51,7 @@ def accuracy(
 def well_formed(
   task: Task, problem: Problem, response: Response, finished: bool
 ) -> float:
-  """1 for R1's format, ended by EOS; 0 otherwise."""
+  """1 for the right format, ended by EOS; 0 otherwise."""
   return float(finished and response.well_formed)
 
 
@@ -66,13 +66,20 @@ class Scorer:
     scored = scorer.score(problem, text, finished=True)
   """
 
-  def __init__(self, task: Task, weights: Mapping[str, float]):
+  def __init__(
+    self,
+    task: Task,
+    weights: Mapping[str, float],
+    *,
+    answer_format: str = "tags",
+  ):
     """Checks the weights.
 
     Args:
       task: verifies the answers.
       weights: weight of each reward by name, a config section. Rewards that
         are not named are not computed.
+      answer_format: where a response has its answer; a key of `PARSERS`.
 
     Raises:
       ValueError: an unknown name, or weights that are negative, not finite
@@ -100,6 +107,7 @@ class Scorer:
         " least one a positive weight."
       )
     self._task = task
+    self._parse = PARSERS[answer_format]
     self._weights = {name: float(w) for name, w in weights.items()}
 
   def score(self, problem: Problem, text: str, finished: bool) -> Scored:
@@ -107,12 +115,12 @@ class Scorer:
 
     Args:
       problem: what was asked, of this scorer's task.
-      text: the completion from `<think>` on, without EOS.
+      text: the response from `<think>` on, without EOS.
       finished: whether the completion ended by EOS. False means that it ran
         out of tokens: then it earns nothing, even if the text so far has the
         whole format, because the model would have gone on.
     """
-    response = parse_response(text)
+    response = self._parse(text)
     rewards = {
       name: REWARDS[name](self._task, problem, response, finished)
       for name in self._weights

@@ -12,16 +12,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlm.data.chat import Trace
+from rlm.data.chat import Chat
 from rlm.data.tokenizer import (
   ANSWER,
   END_ANSWER,
   END_THINK,
   THINK,
-  Tokenizer,
+  Vocabulary,
 )
 from rlm.rewards.answering import Sampler, Scorer, answer_problems
-from rlm.rewards.answers import parse_response
 from rlm.rewards.registry import Scored
 from rlm.rl.config import RejectionConfig
 from rlm.tasks.base import Problem, Task
@@ -88,7 +87,7 @@ def sample_chunk(
   variables: Any,
   problems: Sequence[Problem],
   first: int,
-  tokenizer: Tokenizer,
+  chat: Chat,
   scorer: Scorer,
   key: jax.Array,
   *,
@@ -101,7 +100,7 @@ def sample_chunk(
     variables: of the policy.
     problems: P problems.
     first: place of the first of them among all problems.
-    tokenizer: encodes prompts, decodes completions.
+    chat: encodes prompts, decodes completions.
     scorer: judges texts.
     key: sample s of the problem at place i is drawn with
       fold_in(fold_in(key, i), s), however the problems are cut into chunks.
@@ -124,7 +123,7 @@ def sample_chunk(
     sampler,
     variables,
     problems,
-    tokenizer,
+    chat,
     scorer,
     keys,
     samples_per_problem=n,
@@ -137,14 +136,14 @@ def sample_chunk(
       prompt_length=len(answers.prompts[i]),
       finished=bool(answers.completions.finished[i]),
       score=answers.scores[i],
-      readable=is_readable(tokenizer, answers.tokens(i)),
+      readable=is_readable(chat.tokenizer, answers.tokens(i)),
     )
     for i, problem in enumerate(answers.problems)
   ]
   return [samples[i : i + n] for i in range(0, len(samples), n)]
 
 
-def is_readable(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
+def is_readable(tokenizer: Vocabulary, tokens: np.ndarray) -> bool:
   """Whether a completion is text and the format's markers, nothing else.
 
   A sampled `<|User|>`, or half a character, has no faithful spelling: as
@@ -155,10 +154,9 @@ def is_readable(tokenizer: Tokenizer, tokens: np.ndarray) -> bool:
     tokens: int32 [length], without EOS.
   """
   markers = {
-    THINK: tokenizer.think_id,
-    END_THINK: tokenizer.end_think_id,
-    ANSWER: tokenizer.answer_id,
-    END_ANSWER: tokenizer.end_answer_id,
+    name: tokenizer.special_ids[name]
+    for name in (THINK, END_THINK, ANSWER, END_ANSWER)
+    if name in tokenizer.special_ids
   }
   allowed = markers.values()
   if any(tokenizer.is_special(t) and int(t) not in allowed for t in tokens):
@@ -276,14 +274,3 @@ def total_counts(
   return total("") | {
     "levels": {str(level): total(f"level/{level}/") for level in cfg.levels}
   }
-
-
-def to_trace(prompt: str, completion: str) -> Trace:
-  """A kept sample as fine-tuning data.
-
-  Args:
-    prompt: what was asked.
-    completion: a well-formed completion, without EOS.
-  """
-  response = parse_response(completion)
-  return Trace(prompt, response.thinking, response.answer)

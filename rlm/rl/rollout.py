@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlm.data.tokenizer import Tokenizer
+from rlm.data.chat import Chat
 from rlm.rewards.answering import Sampler, Scorer, answer_problems
 from rlm.rewards.registry import Scored
 from rlm.sampling.sampler import request_keys
@@ -38,7 +38,7 @@ class Rollout:
       each token; 0 outside the completion.
     keys: uint32 [B, 2], request keys.
     problems: the P prompts' problems, each G times.
-    texts: the completions' texts, without EOS.
+    texts: the responses' texts, without EOS; see `Chat.response_text`.
     scores: the verdicts.
   """
 
@@ -81,7 +81,7 @@ def collect(
   sampler: Sampler,
   variables: Any,
   problems: Sequence[Problem],
-  tokenizer: Tokenizer,
+  chat: Chat,
   scorer: Scorer,
   key: jax.Array,
   *,
@@ -95,7 +95,7 @@ def collect(
     sampler: draws; see `answer_problems`.
     variables: of the policy.
     problems: P problems.
-    tokenizer: encodes prompts, decodes completions.
+    chat: encodes prompts, decodes completions.
     scorer: judges texts.
     key: of this step; see `request_keys`.
     group_size: G.
@@ -114,13 +114,13 @@ def collect(
     sampler,
     variables,
     problems,
-    tokenizer,
+    chat,
     scorer,
     keys,
     samples_per_problem=group_size,
   )
   rows = pack_rows(
-    answers.prompts, answers.completions, row_length, tokenizer.pad_id
+    answers.prompts, answers.completions, row_length, chat.pad_id
   )
   return Rollout(
     **rows,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rlm.kernels.product import einsum
 from rlm.models.cache import TokenCache
+from rlm.models.layer_stacks import join_layers, split_layers
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.sampling.draw import request_uniforms
 
@@ -161,6 +162,7 @@ def decode_tokens(
   # Once a call and not once a step, since XLA leaves what does not change in
   # a loop where it finds it. Ids not in use are cut off.
   head = head_kernel(variables, c)[:, : c.n_vocab_used].astype(c.dtype)
+  layers = split_layers(variables)
   uniforms = jax.vmap(request_uniforms, in_axes=(None, 0))(
     slots.key_data,
     slots.index[None] + jnp.arange(buffer_steps, dtype=jnp.int32)[:, None],
@@ -180,7 +182,7 @@ def decode_tokens(
     tokens = jnp.where(live, tokens, pad_token)
     logprobs = jnp.where(live, logprobs, 0.0)
     hidden, cache, expert_ids = model.apply(
-      variables, tokens[:, None], slots.cache, method="decode"
+      join_layers(layers), tokens[:, None], slots.cache, method="decode"
     )
     # A row that is not live rewrites one entry for ever, and never grows.
     lengths = jnp.where(live, cache.lengths, slots.cache.lengths)

@@ -2,15 +2,14 @@
 
 from collections.abc import Sequence
 
-from rlm.data.chat import encode_prompt, encode_response
-from rlm.data.tokenizer import Tokenizer
+from rlm.data.chat import Chat
 from rlm.tasks.base import Problem, Task
 
 
 def check_room(
   task: Task,
   problems: Sequence[Problem],
-  tokenizer: Tokenizer,
+  chat: Chat,
   *,
   prompt_length: int,
   max_new_tokens: int,
@@ -23,7 +22,7 @@ def check_room(
   Args:
     task: the family.
     problems: some of each level that will be asked.
-    tokenizer: spells them.
+    chat: how the model is asked.
     prompt_length: room for a prompt in tokens, chat markers included.
     max_new_tokens: longest completion in tokens, its end included.
 
@@ -34,12 +33,12 @@ def check_room(
   longest, length = None, 0
   shortest: dict[int, int] = {}
   for problem in problems:
-    asked = len(encode_prompt(tokenizer, problem.prompt))
+    asked = len(chat.encode_prompt(problem.prompt))
     if asked > length:
       longest, length = problem, asked
     if task.has_worked_solutions:
       solution = task.worked_solution(problem)
-      said = len(encode_response(tokenizer, solution.thinking, solution.answer))
+      said = len(chat.encode_response(solution.thinking, solution.answer))
       shortest[problem.level] = min(said, shortest.get(problem.level, said))
   if longest is not None and length > prompt_length:
     raise ValueError(

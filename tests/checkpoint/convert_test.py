@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import pathlib
-import signal
 import subprocess
 import sys
 
@@ -190,51 +189,6 @@ def run(*arguments, **options):
     timeout=120,
     **options,
   )
-
-
-_KILLED = """
-import os, signal, sys
-from rlm import files
-from rlm.checkpoint import convert
-convert._MARK_BYTES = 0
-done, at = [], int(sys.argv.pop())
-def report(*_):
-  done.append(1)
-  if len(done) == at:
-    os.kill(os.getpid(), signal.SIGKILL)
-convert.import_published(*sys.argv[1:], on_read=report)
-"""
-
-
-@pytest.mark.parametrize("at", [1, pytest.param(40, marks=pytest.mark.full)])
-def test_an_interrupted_conversion_continues(tmp_path, at, monkeypatch):
-  config = cases.CONFIGS["deepseek_v3"]
-  publish(tmp_path / "in", config)
-  ours = tmp_path / "ours"
-  paths = [str(tmp_path / "in"), str(ours)]
-  done = subprocess.run(
-    [sys.executable, "-c", _KILLED, *paths, str(at)], cwd=ROOT, timeout=120
-  )
-  assert done.returncode == -signal.SIGKILL
-  marks = list((ours / ".converting").glob("*.done"))
-  assert marks
-  read = []
-  original = convert.PublishedWeights.read
-
-  def counted(self, name, index=()):
-    read.append(name)
-    return original(self, name, index)
-
-  monkeypatch.setattr(convert.PublishedWeights, "read", counted)
-  convert.import_published(*paths)
-  assert len(read) < len(cases.tensor_shapes(config))  # not from the start
-  assert not (ours / ".converting").exists()
-  convert.import_published(tmp_path / "in", tmp_path / "whole")
-  (_, a), (_, b) = load_checkpoint(ours), load_checkpoint(tmp_path / "whole")
-  jax.tree.map(np.testing.assert_array_equal, a, b)
-  read.clear()
-  convert.import_published(*paths)  # finished: nothing is read
-  assert not read
 
 
 def test_another_conversion_is_not_mixed_in(tmp_path):

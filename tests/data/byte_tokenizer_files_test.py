@@ -4,8 +4,8 @@ import pytest
 import tokenizers
 
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
-from rlm.data.chat import encode_messages, encode_prompt
 from rlm.data.model_tokenizer import ModelTokenizer
+from rlm.data.r1_chat import R1Chat
 from rlm.data.tokenizer import EOS, MARKERS, ByteTokenizer
 
 TEXT = "a b\n\t 12+34?  ä€𝄞 \x00\x7f<think>"
@@ -39,9 +39,9 @@ def test_other_programs_read_the_same_from_the_file(folder):
 
 def test_the_template_is_the_format_of_training(folder):
   ours, theirs = ByteTokenizer(), ModelTokenizer(folder)
-  assert theirs.encode_chat(
-    [{"role": "user", "content": TEXT}]
-  ) == encode_prompt(ours, TEXT)
+  chat = R1Chat(ours)
+  asked = theirs.encode_chat([{"role": "user", "content": TEXT}])
+  assert asked == chat.encode_prompt(TEXT)
   messages = [
     {"role": "system", "content": "Add."},
     {"role": "user", "content": "1+1?<｜Assistant｜>"},
@@ -49,6 +49,6 @@ def test_the_template_is_the_format_of_training(folder):
     {"role": "user", "content": "2+2?"},
     {"role": "assistant", "content": "4"},
   ]
-  expected, _ = encode_messages(ours, messages)
+  [(expected, _)] = chat.encode_messages(messages)
   found = theirs.encode_chat(messages, add_generation_prompt=False)
   assert found == expected

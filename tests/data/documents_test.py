@@ -3,8 +3,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rlm.data.chat import encode_turn
 from rlm.data.documents import Documents, task_documents, text_documents
+from rlm.data.r1_chat import R1Chat
 from rlm.data.tokenizer import ByteTokenizer
 
 TOK = ByteTokenizer()
@@ -54,7 +54,7 @@ def _make(**changes):
     split="train",
     row_length=64,
   )
-  return task_documents(TOK, _Echo(), **(arguments | changes))
+  return task_documents(R1Chat(TOK), _Echo(), **(arguments | changes))
 
 
 def test_join_by_hand():
@@ -116,7 +116,7 @@ def test_plain_problem_by_hand():
 def test_tagged_problem_is_a_chat_turn():
   documents = _make(count=1, levels=(2,), tagged=1.0)
   tokens, mask = _document(documents, 0)
-  expected, expected_mask = encode_turn(TOK, "train 0 2?", "t", "a")
+  expected, expected_mask = R1Chat(TOK).encode_turn("train 0 2?", "t", "a")
   assert tokens.tolist() == expected and mask.tolist() == expected_mask
 
 

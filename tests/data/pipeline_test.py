@@ -13,11 +13,13 @@ from rlm.data.pipeline import (
   make_batches,
   make_stream,
 )
+from rlm.data.r1_chat import R1Chat
 from rlm.data.text import load_stdlib
 from rlm.data.tokenizer import ByteTokenizer
 from rlm.tasks.registry import make_task
 
 TOK = ByteTokenizer()
+CHAT = R1Chat(TOK)
 TASKS = {
   "addition": make_task(
     dict(
@@ -68,7 +70,7 @@ def _config(**changes):
 
 
 def _stream(seed=0, **changes):
-  return make_stream(_config(**changes), TOK, seed=seed, tasks=TASKS)
+  return make_stream(_config(**changes), CHAT, seed=seed, tasks=TASKS)
 
 
 @pytest.fixture(scope="module")
@@ -163,7 +165,7 @@ def test_a_source_of_weight_zero_is_only_evaluated(stream):
   assert not any(_is_text(only.rows[j]) for j in range(50))
   heldout = load_heldout(
     _config(**cfg),
-    TOK,
+    CHAT,
     seed=0,
     tasks=TASKS,
     batch_size=4,
@@ -230,7 +232,7 @@ def test_record_says_what_was_read(stream):
 def _heldout(process=0, processes=1, **changes):
   return load_heldout(
     _config(**changes),
-    TOK,
+    CHAT,
     seed=0,
     tasks=TASKS,
     batch_size=4,

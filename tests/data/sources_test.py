@@ -2,6 +2,7 @@ import json
 
 import pytest
 
+from rlm.data.r1_chat import R1Chat
 from rlm.data.sources import SOURCES, Loading, make_source
 from rlm.data.tokenizer import ByteTokenizer
 
@@ -29,7 +30,8 @@ TASK = dict(
 
 def _load(source, split="train", **changes):
   loading = (
-    dict(tokenizer=TOK, tasks={}, seed=0, split=split, row_length=32) | changes
+    dict(chat=R1Chat(TOK), tasks={}, seed=0, split=split, row_length=32)
+    | changes
   )
   return source.load(Loading(**loading))
 

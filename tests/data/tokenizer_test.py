@@ -14,7 +14,7 @@ from rlm.data.tokenizer import (
   HFTokenizer,
   StreamDecoder,
   add_markers,
-  load_tokenizer,
+  missing_markers,
 )
 
 
@@ -141,26 +141,26 @@ def test_hf_names_every_missing_marker_and_add_markers_cures(tmp_path):
     ValueError, match=r"lacks the single tokens <answer>, </answer>\. Write"
   ):
     HFTokenizer(folder)
+  assert missing_markers(folder) == ["<answer>", "</answer>"]
   before = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
   (folder / "chat_template.jinja").write_text("{{ messages }}")
   added = add_markers(folder, tmp_path / "new")
   assert (tmp_path / "new" / "chat_template.jinja").is_file()
   assert added == ["<answer>", "</answer>"]
-  tok = load_tokenizer(str(tmp_path / "new"))
+  tok = HFTokenizer(tmp_path / "new")
   assert tok.answer_id == before.get_vocab_size()
   assert tok.think_id == before.token_to_id("<think>")
 
 
-def test_load_tokenizer_errors(tmp_path):
-  assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
+def test_errors_of_a_folder(tmp_path):
   with pytest.raises(ValueError, match=r"no file .*tokenizer\.json.*\"bytes\""):
-    load_tokenizer(str(tmp_path / "byte"))
+    HFTokenizer(tmp_path / "byte")
   (tmp_path / "tokenizer.json").write_text("{]")
   with pytest.raises(ValueError, match="no tokenizer file that the"):
-    load_tokenizer(str(tmp_path))
+    HFTokenizer(tmp_path)
   folder = _train_bpe(tmp_path / "meta", MARKERS, decoder=decoders.Metaspace())
   with pytest.raises(ValueError, match=r"\['Metaspace'\], not ByteLevel"):
-    load_tokenizer(str(folder))
+    HFTokenizer(folder)
 
 
 def test_hf_refuses_a_model_that_spells_a_marker(tmp_path):

@@ -5,13 +5,12 @@ import jax
 import numpy as np
 import pytest
 
-from rlm.data.chat import encode_prompt
 from rlm.eval.config import EvaluationConfig
 from rlm.eval.evaluate import evaluate, heldout_problems, sample_problems
 from rlm.files import to_json
 from rlm.flops import decode_flops_per_token
 from rlm.rewards.registry import Scorer
-from tests.rl.reciter import TASK, TOKENIZER, Reciter, right, wrong
+from tests.rl.reciter import CHAT, TASK, Reciter, right, wrong
 from tests.tiny_model import tiny_config
 
 CONFIG = EvaluationConfig(
@@ -77,7 +76,7 @@ def result():
     sampler,
     None,
     TASK,
-    TOKENIZER,
+    CHAT,
     SCORER,
     CONFIG,
     MODEL,
@@ -116,7 +115,7 @@ def test_measures_by_hand(result):
 def test_cost_counts_a_prompt_once_for_all_its_samples(result):
   summary, _ = result
   problems = heldout_problems(TASK, CONFIG)
-  prompts = [len(encode_prompt(TOKENIZER, p.prompt)) for p in problems]
+  prompts = [len(CHAT.encode_prompt(p.prompt)) for p in problems]
   assert summary["tokens"] >= sum(prompts) + 24
   sampled = summary["tokens"] - sum(prompts)
   by_level = summary["levels"].values()
@@ -171,7 +170,7 @@ def test_a_problem_that_training_may_draw_is_refused():
       None,
       TASK,
       [problem],
-      TOKENIZER,
+      CHAT,
       SCORER,
       jax.random.key(0),
       samples_per_problem=1,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from rlm.data.pipeline import Heldout
+from rlm.data.r1_chat import R1Chat
 from rlm.data.tokenizer import ByteTokenizer
 from rlm.eval import heldout
 from rlm.models.transformer import head_kernel
@@ -47,7 +48,7 @@ def problems(**changes):
     row_length=ROW_LENGTH,
   )
   return heldout.worked_problems(
-    task(), ByteTokenizer(), **{**settings, **changes}
+    task(), R1Chat(ByteTokenizer()), **{**settings, **changes}
   )
 
 

@@ -274,7 +274,7 @@ def test_impossible_sizes(tmp_path, changes, message):
     ),
     (
       {"evaluate.sampling.stop_tokens": (3,)},
-      r"the evaluation of 'pretrain': .* only the EOS may end",
+      r"the evaluation of 'pretrain': .* own EOS may end",
     ),
   ],
 )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import rl, sft
+from experiments import evaluate, rl, sample_run, sft
 from experiments.from_checkpoint import fill_model
 from rlm import files
 from rlm.checkpoint.convert import export_checkpoint, import_published
@@ -18,15 +18,21 @@ from rlm.checkpoint.load import load_checkpoint
 from rlm.checkpoint.manager import restore_variables
 from rlm.config import build
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
+from rlm.data.model_tokenizer import ModelTokenizer
+from rlm.data.prompts import load_prompts
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
+from rlm.sampling.config import SamplingConfig
+from tests.data import published_folder
 from tests.parity import cases
+
+pytestmark = pytest.mark.usefixtures("quick_compilation")
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 FIELDS = cases.CONFIGS["qwen2"] | {
-  "vocab_size": 272,
+  "vocab_size": 352,
   "num_hidden_layers": 1,
-  "max_position_embeddings": 192,
+  "max_position_embeddings": 256,
 }
 
 
@@ -44,6 +50,102 @@ def config_of(file, published, **changes):
   with c.unlocked():
     c.update_from_flattened_dict(changes)
   return c
+
+
+@pytest.fixture
+def own_format(tmp_path):
+  """As `published`, with a tokenizer and a chat template of its own."""
+  folder = tmp_path / "own_format"
+  cases.write_folder(folder, FIELDS, cases.make_weights(FIELDS, seed=0))
+  return published_folder.write_deepseek(folder, published_folder.R1)
+
+
+def test_every_stage_speaks_the_models_own_format(tmp_path, own_format):
+  ids = ModelTokenizer(own_format)
+  lines = tmp_path / "conversations.jsonl"
+  answer = {"role": "assistant", "content": "<think>\na\n</think>\n\nb"}
+  turn = {"messages": [{"role": "user", "content": "1+1?"}, answer]}
+  lines.write_text((json.dumps(turn) + "\n") * 8)
+  problems = tmp_path / "problems.jsonl"
+  problems.write_text(
+    "".join(
+      json.dumps({"prompt": f"{i}+1?", "answer": str(i + 1)}) + "\n"
+      for i in range(20)
+    )
+  )
+  shared = {"model.dtype": "float32", "model.remat": "none"}
+  c = config_of(
+    "configs/sft/published.py",
+    own_format,
+    **shared,
+    **{
+      "data.sources.traces.path": str(lines),
+      "data.row_length": 32,
+      "data.heldout_rows": 2,
+      "batch.rows": 2,
+      "batch.first_rows": 2,
+      "eval.batch_rows": 2,
+      "steps": 1,
+      "model.attention_chunk": 0,
+      "model.logits_chunk": 0,
+      "peak_flops": 1e12,
+    },
+  )
+  sft.run(c, str(tmp_path / "sft"))
+  task = {"task.path": str(problems), "task.heldout_fraction": 0.5}
+  sampling = {"slots": 8, "prompt_length": 128, "sampling.max_new_tokens": 16}
+  c = config_of(
+    "configs/rl/published.py",
+    tmp_path / "sft",
+    **shared,
+    **task,
+    **sampling,
+    **{
+      "model.logits_chunk": 0,
+      "steps": 1,
+      "prompts_per_step": 2,
+      "group_size": 4,
+      "selection.rows_per_rollout": 8,
+      "traces_every_steps": 1,
+      "traces_per_step": 1,
+    },
+  )
+  rl.run(c, str(tmp_path / "rl"))
+  [trace] = (tmp_path / "rl" / "traces" / "rl.jsonl").read_text().splitlines()
+  # The prompt has opened thinking: the text that is judged has it.
+  assert json.loads(trace)["completion"].startswith("<think>\n")
+  c = config_of(
+    "configs/evaluate/laptop.py",
+    tmp_path / "rl",
+    **sampling,
+    **{
+      "sampling_devices": 1,
+      "evaluation.levels": (1,),
+      "evaluation.levels_trained": (1,),
+      "evaluation.ks": (1, 2),
+      "evaluation.traces_per_level": 1,
+      "evaluation.samples_per_trace": 1,
+      "evaluation.problems_per_level": 2,
+      "evaluation.samples_per_problem": 2,
+    },
+  )
+  with c.unlocked():
+    c.task = dict(
+      name="jsonl",
+      heldout_fraction=0.5,
+      path=str(problems),
+      max_line_bytes=1000,
+    )
+  summary = evaluate.run(c, str(tmp_path / "evaluation"))
+  assert summary["pass_at_1"]["n"] == 2
+  prompts = load_prompts(tmp_path / "rl")
+  assert prompts.stop_tokens == ids.eos_ids
+  asked = [{"role": "user", "content": "1+1?"}]
+  assert prompts.encode_messages(asked) == ids.encode_chat(asked)
+  model, _ = load_checkpoint(tmp_path / "rl")
+  assert model.cfg.eos_token_id == ids.eos_ids
+  with pytest.raises(ValueError, match="Talk to it with --checkpoint="):
+    sample_run.Chat(tmp_path / "rl", SamplingConfig(1.0, 0, 1.0, 8, ()), 0)
 
 
 def test_fine_tuning_in_and_out_again(tmp_path, published):

@@ -13,7 +13,7 @@ from rlm.data.chat import load_messages
 from rlm.rl import rejection
 from rlm.rl.config import RejectionConfig
 from tests.rl.chooser import Chooser, wrong
-from tests.rl.reciter import TASK, TOKENIZER
+from tests.rl.reciter import CHAT, TASK
 from tests.tiny_model import tiny_config
 
 KEPT_FILES = ("metrics.jsonl", "traces/rejection.jsonl", "messages.jsonl")
@@ -93,7 +93,7 @@ def test_a_run_writes_its_set_and_says_what_became_of_the_samples(
   assert sum(c["kept"] for c in chunks) == summary["kept"]
   # Every line is a conversation that fine-tuning can read.
   messages = tmp_path / "r" / "messages.jsonl"
-  documents = load_messages(messages, TOKENIZER, row_length=96)
+  documents = load_messages(messages, CHAT, row_length=96)
   assert len(documents) == summary["kept"]
   assert sum(sum(mask) for _, mask in documents) == summary["kept_tokens"]
   traces = jsonl.read_jsonl(tmp_path / "r" / "traces" / "rejection.jsonl")
@@ -204,7 +204,7 @@ def test_mistakes_are_told_before_anything_is_sampled(
   refused("unknown key 'sede'; did you mean 'seed'", sede=1)
   refused(r"there is no .*nowhere/config.json", init_from="nowhere")
   sampling = config(policy)["sampling"]
-  refused("only the EOS may end", sampling=sampling | {"stop_tokens": (3,)})
+  refused("own EOS may end", sampling=sampling | {"stop_tokens": (3,)})
   refused(
     "has levels", rejection=config(policy)["rejection"] | {"levels": (2, 99)}
   )

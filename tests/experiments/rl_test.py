@@ -27,7 +27,7 @@ class Capitals:
   The real rewards need a format that a random model never hits.
   """
 
-  def __init__(self, task, weights):
+  def __init__(self, task, weights, *, answer_format):
     pass
 
   def score(self, problem, text, finished):
@@ -270,7 +270,7 @@ def evaluate_config(run):
     (dict(steps=0), r"steps=0 must be at least 1"),
     ({"sampling.temperature": 0.0}, r"RL needs temperature > 0"),
     ({"sampling.top_p": 0.9}, r"top_p=0\.9: the trainer's log-probs"),
-    ({"sampling.stop_tokens": (7,)}, r"only the EOS may end a completion"),
+    ({"sampling.stop_tokens": (7,)}, r"own EOS may end a completion"),
     ({"sampling.max_new_tokens": 60}, r"the model has max_position_embeddings"),
     (
       {"curriculum.levels": (2, 9)},

@@ -12,7 +12,7 @@ import pytest
 
 from experiments import launch, sample, sample_run
 from rlm.checkpoint.manager import CheckpointManager
-from rlm.data.chat import encode_prompt, encode_response
+from rlm.data.r1_chat import R1Chat
 from rlm.data.tokenizer import ByteTokenizer
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
@@ -20,6 +20,7 @@ from rlm.tasks.registry import make_task
 from tests.tiny_model import tiny_model
 
 TOKENIZER = ByteTokenizer()
+CHAT = R1Chat(TOKENIZER)
 TASK = dict(
   name="column_addition",
   heldout_fraction=0.1,
@@ -150,7 +151,7 @@ def merged(pieces):
 
 
 def test_thinking_is_dimmed_and_the_answer_is_not():
-  tokens = encode_response(TOKENIZER, "2+2=4 é", "4")
+  tokens = CHAT.encode_response("2+2=4 é", "4")
   assert merged(sample_run.styled(TOKENIZER, tokens)) == [
     ("<think>2+2=4 é</think><answer>", "dim"),
     ("4", ""),
@@ -221,7 +222,7 @@ def test_one_prompt_is_answered_and_checked(recipe, monkeypatch, capsys):
     eos_token=257,
     pad_token=258,
   )
-  tokens = encode_prompt(TOKENIZER, "b12a34?")
+  tokens = CHAT.encode_prompt("b12a34?")
   drawn = sampler.generate(
     variables, [tokens], jax.random.split(jax.random.key(0), 1)
   )

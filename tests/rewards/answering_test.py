@@ -3,11 +3,14 @@
 import jax
 import numpy as np
 
-from rlm.data.chat import encode_prompt
+from rlm.data.chat import Trace, load_messages, save_messages
+from rlm.data.template_chat import TemplateChat
 from rlm.rewards.answering import answer_problems
 from rlm.rewards.registry import Scorer
+from rlm.rl.rejection import is_readable
 from rlm.sampling.sampler import request_keys
-from tests.rl.reciter import TASK, TOKENIZER, Reciter, right, wrong
+from tests.data import published_folder as published
+from tests.rl.reciter import CHAT, TASK, TOKENIZER, Reciter, right, wrong
 
 
 def recite(*makers, problems=1, max_new=40):
@@ -21,7 +24,7 @@ def recite(*makers, problems=1, max_new=40):
     sampler,
     None,
     asked,
-    TOKENIZER,
+    CHAT,
     Scorer(TASK, {"accuracy": 1.0, "format": 0.1}),
     keys,
     samples_per_problem=len(makers),
@@ -38,13 +41,44 @@ def test_a_problem_is_asked_n_times_and_each_answer_judged():
   assert answers.problems == [asked[0], asked[0], asked[1], asked[1]]
   assert sampler.prompts == answers.prompts
   assert answers.prompts == [
-    encode_prompt(TOKENIZER, problem.prompt) for problem in answers.problems
+    CHAT.encode_prompt(problem.prompt) for problem in answers.problems
   ]
   assert rewards(answers) == [1.1, 0.1] * 2
   solution = TASK.worked_solution(asked[0])
   text = f"<think>{solution.thinking}</think><answer>{solution.answer}</answer>"
   assert answers.texts[0] == text
   assert answers.tokens(0).tolist() == right(asked[0])[:-1]  # without EOS
+
+
+def test_a_published_models_answer_is_read_from_its_box(tmp_path):
+  chat = TemplateChat(published.write_deepseek(tmp_path, published.R1))
+  problem = TASK.problem(0, 0, 2, "train")
+  solution = TASK.worked_solution(problem)
+  said = [
+    chat.encode_response(solution.thinking, answer)
+    for answer in (solution.answer, "a1")
+  ]
+  sampler = Reciter(said, max_new=200, prompt_length=120, chat=chat)
+  answers = answer_problems(
+    sampler,
+    None,
+    [problem],
+    chat,
+    Scorer(TASK, {"accuracy": 1.0, "format": 0.1}, answer_format="boxed"),
+    request_keys(jax.random.key(3), 2),
+    samples_per_problem=2,
+  )
+  assert rewards(answers) == [1.1, 0.1]
+  # What the template opened belongs to the response, and is not sampled.
+  assert answers.texts[0].startswith(f"<think>\n{solution.thinking}\n</think>")
+  assert answers.tokens(0).tolist() == said[0][:-1]
+  assert is_readable(chat.tokenizer, answers.tokens(0))
+  # It comes back, as fine-tuning data, as the tokens sampled.
+  path = tmp_path / "kept.jsonl"
+  save_messages(path, [Trace(chat.question(problem.prompt), answers.texts[0])])
+  [(tokens, mask)] = load_messages(path, chat, row_length=1000)
+  assert tokens == [*answers.prompts[0], *said[0]]
+  assert sum(mask) == len(said[0])
 
 
 def test_a_completion_cut_before_its_eos_earns_nothing():

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -5,6 +7,7 @@ from hypothesis import strategies as st
 from rlm.rewards.answers import (
   Response,
   answers_match,
+  parse_boxed,
   parse_number,
   parse_response,
 )
@@ -24,6 +27,51 @@ ILL = Response("", "", False)
 )  # fmt: skip
 def test_the_format(text, thinking, answer):
   assert parse_response(text) == Response(thinking, answer, True)
+
+
+@pytest.mark.parametrize(
+  ("text", "thinking", "answer"),
+  [
+    (r"<think>a</think>\boxed{b}", "a", "b"),
+    ("<think>\na\n</think>\n\nSo: $\\boxed{\\frac{1}{2}}$.", "\na\n",
+     r"\frac{1}{2}"),
+    (r"<think>\boxed{1}</think>\boxed{2} or \boxed{3}.", r"\boxed{1}", "3"),
+    (r"no thinking: \boxed{}", "", ""),
+    (r"\boxed{a}}{", "", "a"),
+  ],
+)  # fmt: skip
+def test_boxed_answers(text, thinking, answer):
+  assert parse_boxed(text) == Response(thinking, answer, True)
+
+
+@pytest.mark.parametrize(
+  "text",
+  [
+    "",
+    "5",
+    r"<think>\boxed{5}",  # in the thinking, which never ends
+    r"<think>\boxed{5}</think>",
+    r"<think>a</think>5",
+    r"<think>a</think>\boxed{5",
+    r"<think>a</think>\boxed{4} \boxed{{5}",
+    r"a</think>\boxed{5}",
+    r" <think>a</think>\boxed{5}",
+    r"<think>a<think>b</think>\boxed{5}",
+    r"<think>a</think>\boxed{5}</think>",
+    r"<think>a</think><think>\boxed{5}",
+    r"<think>a</think>\fbox{5} \boxed 5",
+  ],
+)
+def test_without_a_box_after_the_thinking_there_is_no_answer(text):
+  assert parse_boxed(text) == ILL
+
+
+@given(st.text("<>think/boxed{}\\ab", max_size=60))
+def test_a_boxed_answer_is_of_the_text_and_balanced(text):
+  response = parse_boxed(text)
+  if response.well_formed:
+    assert f"\\boxed{{{response.answer}}}" in text
+    assert response.answer.count("{") == response.answer.count("}")
 
 
 @pytest.mark.parametrize(
@@ -67,7 +115,10 @@ def test_long_hostile_text_ends(piece):
   assert parse_response(f"<think>{text}</answer>") == ILL
 
 
-TEXT = st.text(st.sampled_from("ab 1<>/\n")) | st.text()
+# Hypothesis tries the strings of our own source too, the markers among them.
+TEXT = (st.text(st.sampled_from("ab 1<>/\n")) | st.text()).filter(
+  lambda text: not re.search("</?(think|answer)>", text)
+)
 
 
 @given(TEXT, TEXT)

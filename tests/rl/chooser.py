@@ -3,8 +3,7 @@
 import jax
 import numpy as np
 
-from rlm.data.chat import encode_prompt
-from tests.rl.reciter import TOKENIZER, Completions, right, wrong
+from tests.rl.reciter import CHAT, TOKENIZER, Completions, right, wrong
 
 
 def longer(problem):
@@ -45,9 +44,7 @@ class Chooser:
   """
 
   def __init__(self, problems, *, ways=WAYS, max_new=120, stop_after=None):
-    self.by_prompt = {
-      tuple(encode_prompt(TOKENIZER, p.prompt)): p for p in problems
-    }
+    self.by_prompt = {tuple(CHAT.encode_prompt(p.prompt)): p for p in problems}
     self.ways, self.max_new = ways, max_new
     self.asked, self.stop_after = 0, stop_after
     self.capacity = 16 + max_new

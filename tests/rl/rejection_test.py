@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rlm.data.chat import encode_response
+from rlm.data.chat import Trace, load_messages, save_messages
 from rlm.rewards.registry import Scored, Scorer
 from rlm.rl import rejection
 from rlm.rl.config import RejectionConfig
 from rlm.rl.rejection import Sample
 from rlm.tasks.registry import make_task
 from tests.rl.chooser import Chooser, broken, cut, longer, marked
-from tests.rl.reciter import TASK, TOKENIZER, right, wrong
+from tests.rl.reciter import CHAT, TASK, TOKENIZER, right, wrong
 
 SCORER = Scorer(TASK, {"accuracy": 1.0, "format": 0.1})
 PROBLEM = TASK.problem(0, 0, 2, "train")
@@ -49,7 +49,7 @@ def drawn(cfg, problems, first=0, ways=None, seed=1):
     None,
     problems,
     first,
-    TOKENIZER,
+    CHAT,
     SCORER,
     jax.random.key(seed),
     samples_per_problem=cfg.samples_per_problem,
@@ -107,7 +107,7 @@ def test_selection_keeps_the_shortest_distinct_accepted_samples(
   assert rejection.select(kept, cfg) == kept
 
 
-def test_verdicts_of_sampled_text():
+def test_verdicts_of_sampled_text(tmp_path):
   ways = (right, wrong, longer, marked, broken, cut)
   for way in ways:
     cfg = config(samples_per_problem=2)
@@ -117,11 +117,12 @@ def test_verdicts_of_sampled_text():
     assert row[0].length == len(way(PROBLEM))
     # What is kept comes back, as fine-tuning data, as the tokens sampled.
     for s in kept:
-      trace = rejection.to_trace(PROBLEM.prompt, s.text)
-      assert trace.prompt == PROBLEM.prompt
-      assert way(PROBLEM) == encode_response(
-        TOKENIZER, trace.thinking, trace.answer
-      )
+      path = tmp_path / "kept.jsonl"
+      save_messages(path, [Trace(PROBLEM.prompt, s.text)])
+      [(tokens, mask)] = load_messages(path, CHAT, row_length=1000)
+      asked = CHAT.encode_prompt(PROBLEM.prompt)
+      assert tokens == [*asked, *way(PROBLEM)]
+      assert sum(mask) == len(way(PROBLEM))
   strict = config(samples_per_problem=2, require_steps=True)
   (row,) = drawn(strict, [PROBLEM], ways=(longer,))
   assert row[0].score.correct and rejection.select(row, strict) == []

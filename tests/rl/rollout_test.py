@@ -4,10 +4,17 @@ import jax
 import numpy as np
 import pytest
 
-from rlm.data.chat import encode_prompt
 from rlm.rewards.registry import Scorer
 from rlm.rl.rollout import collect, pack_rows
-from tests.rl.reciter import TASK, TOKENIZER, Completions, Reciter, right, wrong
+from tests.rl.reciter import (
+  CHAT,
+  TASK,
+  TOKENIZER,
+  Completions,
+  Reciter,
+  right,
+  wrong,
+)
 
 ROW = 60
 
@@ -22,7 +29,7 @@ def recite(*makers, problems=1, max_new=40):
     sampler,
     None,
     asked,
-    TOKENIZER,
+    CHAT,
     Scorer(TASK, {"accuracy": 1.0, "format": 0.1}),
     jax.random.key(3),
     group_size=len(makers),
@@ -34,7 +41,7 @@ def recite(*makers, problems=1, max_new=40):
 
 def test_the_mask_is_the_completion_with_its_eos_and_nothing_else():
   (problem,), _, rollout = recite(right, wrong)
-  prompt = encode_prompt(TOKENIZER, problem.prompt)
+  prompt = CHAT.encode_prompt(problem.prompt)
   for i, completion in enumerate((right(problem), wrong(problem))):
     start, end = len(prompt), len(prompt) + len(completion)
     np.testing.assert_array_equal(

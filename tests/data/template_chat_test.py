@@ -1,0 +1,199 @@
+import pytest
+import tokenizers
+
+from rlm.data.model_tokenizer import ModelTokenizer
+from rlm.data.template_chat import INSTRUCTION, TemplateChat
+from tests.data import published_folder as published
+
+U, A = "<｜User｜>", "<｜Assistant｜>"
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+
+
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+  """Template -> a folder with it; each made once."""
+  root, made = tmp_path_factory.mktemp("template_chat"), {}
+
+  def folder(template):
+    if template not in made:
+      path = root / str(len(made))
+      if template == published.CHATML:
+        published.write_qwen(path)
+      else:
+        published.write_deepseek(path, template)
+      made[template] = path
+    return made[template]
+
+  return folder
+
+
+def _messages(*turns):
+  return [{"role": role, "content": content} for role, content in turns]
+
+
+def _shown(chat, turn):
+  """What a document says: without loss, then with."""
+  tokens, mask = turn
+  assert sorted(mask) == mask  # nothing is learned before the response
+  said = mask.index(True)
+  return chat.tokenizer.decode(tokens[:said]), chat.tokenizer.decode(
+    tokens[said:]
+  )
+
+
+PLAIN = _messages(
+  ("system", "Add."), ("user", "1+1? naïve"), ("assistant", "2, café")
+)
+
+
+@pytest.mark.parametrize("template", ["V3", "V2", "CHATML"])
+def test_plain_turns_are_the_templates_own_rendering(folder_of, template):
+  chat = TemplateChat(folder_of(getattr(published, template)))
+  messages = [*PLAIN, *_messages(("user", "2+2?"), ("assistant", "4"))]
+  first, second = chat.encode_messages(messages)
+  for turn, shown in ((first, messages[:3]), (second, messages)):
+    tokens, mask = turn
+    whole = chat.tokenizer.encode_chat(shown, add_generation_prompt=False)
+    assert tokens == whole[: len(tokens)]
+    # A newline may follow the token that ends a turn; it is not generated.
+    rest = chat.tokenizer.decode(whole[len(tokens) :])
+    assert rest in ("", "\n")
+    asked = chat.tokenizer.encode_chat(shown[:-1])
+    assert tokens[: mask.index(True)] == asked
+    assert tokens[-1] == chat.stop_tokens[0] and mask[-1]
+
+
+def test_r1_opens_thinking_and_drops_it_from_earlier_turns(folder_of):
+  chat = TemplateChat(folder_of(published.R1))
+  assert chat.opened == "<think>\n"
+  first, second = chat.encode_messages(
+    _messages(
+      ("user", "u"),
+      ("assistant", "<think>\nt1\n</think>\n\na1"),
+      ("user", "v"),
+      ("assistant", "<think>t2</think>a2"),
+    )
+  )
+  assert _shown(chat, first) == (
+    f"{BOS}{U}u{A}<think>\n",
+    f"t1\n</think>\n\na1{EOS}",
+  )
+  assert _shown(chat, second) == (
+    f"{BOS}{U}u{A}\n\na1{EOS}{U}v{A}<think>\n",
+    f"t2</think>a2{EOS}",
+  )
+  end_think = chat.tokenizer.special_ids["</think>"]
+  for tokens, mask in (first, second):
+    # One token, and learned: R1's template by itself would have cut it off.
+    at = [i for i, token in enumerate(tokens) if token == end_think]
+    assert len(at) == 1 and mask[at[0]]
+
+
+def test_r1_0528_thinks_by_itself(folder_of):
+  chat = TemplateChat(folder_of(published.R1_0528))
+  [turn] = chat.encode_messages(
+    _messages(("user", "u"), ("assistant", "<think>\nt\n</think>\na"))
+  )
+  assert _shown(chat, turn) == (
+    f"{BOS}{U}u{A}",
+    f"<think>\nt\n</think>\na{EOS}",
+  )
+
+
+def test_control_tokens_in_a_text_stay_text(folder_of):
+  chat = TemplateChat(folder_of(published.R1))
+  [(tokens, _)] = chat.encode_messages(
+    _messages(
+      ("user", f"x</think>{A}{EOS}"),
+      ("assistant", f"<think>t</think>a{EOS}{U}"),
+    )
+  )
+  special = chat.tokenizer.special_ids
+  assert [t for t in tokens if t in special.values()] == [
+    *(special[BOS], special[U], special[A], special["<think>"]),
+    *(special["</think>"], special[EOS]),
+  ]
+
+
+def test_a_worked_solution_is_what_the_parser_reads(folder_of):
+  from rlm.rewards.answers import PARSERS
+
+  for template in (published.R1, published.R1_0528, published.CHATML):
+    chat = TemplateChat(folder_of(template))
+    said = chat.encode_response("1+1=2", r"\frac{4}{2}")
+    assert said[-1] == chat.stop_tokens[0]
+    text = chat.response_text(said[:-1])
+    assert text == "<think>\n1+1=2\n</think>\n\n\\boxed{\\frac{4}{2}}"
+    response = PARSERS[chat.answer_format](text)
+    assert response.well_formed and response.answer == r"\frac{4}{2}"
+    assert response.thinking == "\n1+1=2\n"
+    # As a conversation of the same text would be.
+    [turn] = chat.encode_messages(
+      _messages(("user", chat.question("1+1?")), ("assistant", text))
+    )
+    assert turn == chat.encode_turn("1+1?", "1+1=2", r"\frac{4}{2}")
+
+
+def test_a_problem_asks_for_a_box_once(folder_of):
+  chat = TemplateChat(folder_of(published.V3))
+  assert chat.question("2+2?") == f"2+2?\n{INSTRUCTION}"
+  assert chat.question(r"2+2? In \boxed{}.") == r"2+2? In \boxed{}."
+  asked = chat.tokenizer.decode(chat.encode_prompt("2+2?"))
+  assert asked == f"{BOS}{U}2+2?\n{INSTRUCTION}{A}"
+
+
+def test_the_end_is_the_one_that_the_template_writes(folder_of, tmp_path):
+  # Llama 3's generation_config.json names its end of a text first, which no
+  # turn of a chat ends with.
+  folder = published.write_qwen(tmp_path)
+  ids = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+  end, text_end = map(ids.token_to_id, ("<|im_end|>", "<|endoftext|>"))
+  published.write_json(
+    folder, "generation_config.json", eos_token_id=[text_end, end]
+  )
+  assert ModelTokenizer(folder).eos_ids == (text_end, end)
+  chat = TemplateChat(folder)
+  assert chat.stop_tokens == (end, text_end)
+  assert chat.encode_response("t", "a")[-1] == end
+  endless = published.CHATML.replace("<|im_end|>", "")
+  with pytest.raises(ValueError, match="ends the assistant's turn by none of"):
+    TemplateChat(published.write_qwen(tmp_path / "endless", endless))
+
+
+@pytest.mark.parametrize(
+  ("template", "messages", "error"),
+  [
+    ("V3", _messages(("user", "u")), "roles are user; needed: a conversation"),
+    ("V3", _messages(("assistant", "a")), "roles are assistant; needed"),
+    ("V3", [], "roles are none; needed"),
+    (
+      "V3",
+      _messages(("user", "u"), ("assistant", " ")),
+      r"message 1 \(assistant\) has empty content",
+    ),
+    (
+      "V3",
+      _messages(("user", "u"), ("assistant", "a<think>t</think>")),
+      r"message 1 \(assistant\) has broken markup",
+    ),
+    (
+      "V3",
+      _messages(("user", "u"), ("assistant", "<think>t")),
+      r"message 1 \(assistant\) has broken markup",
+    ),
+    (
+      "R1",
+      _messages(("user", "u"), ("assistant", "a")),
+      r"does not think, but the model's template begins its turn with <think>",
+    ),
+    (
+      "V31",
+      _messages(("user", "u"), ("assistant", "<think>t</think>a")),
+      r"thinks, but the model's template closes thinking by </think>",
+    ),
+  ],
+)
+def test_errors(folder_of, template, messages, error):
+  chat = TemplateChat(folder_of(getattr(published, template)))
+  with pytest.raises(ValueError, match=error):
+    chat.encode_messages(messages)
