@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from rlm import files
+from rlm.data.chat_template import REASONING
 from rlm.data.jsonl import read_jsonl
 from rlm.data.tokenizer import Tokenizer, Vocabulary
 
@@ -83,7 +84,9 @@ class Chat(abc.ABC):
     """A conversation, as documents to learn from.
 
     Args:
-      messages: {"role", "content"} each, ending with the assistant.
+      messages: {"role", "content"} each, ending with the assistant. Its
+        thinking stands in the content as `<think>..</think>`, or apart from it
+        under one of `chat_template.REASONING`.
 
     Raises:
       ValueError: wrong order of roles, empty content, or broken markup.
@@ -157,15 +160,25 @@ def save_messages(path: str | os.PathLike, traces: Iterable[Trace]) -> None:
   files.write_bytes(path, text.encode("utf-8"))
 
 
-def check_content(message: dict[str, Any], index: int) -> str:
-  """The text of a message; ValueError where it has none."""
-  content = message.get("content")
+def content_of(message: dict[str, Any], index: int) -> tuple[str | None, str]:
+  """What a message says: its thinking if it stands apart, and its content.
+
+  Raises:
+    ValueError: it says nothing, or calls tools, which is not learned.
+  """
+  role, content = message.get("role"), message.get("content")
   if not isinstance(content, str) or not content.strip():
     raise ValueError(
-      f"message {index} ({message.get('role')}) has empty content. Remove the"
-      " conversation or fill the message."
+      f"message {index} ({role}) has empty content. Remove the conversation or"
+      " fill the message."
     )
-  return content
+  if role == "assistant" and message.get("tool_calls"):
+    raise ValueError(
+      f"message {index} (assistant) has tool_calls, which are not learned."
+      " Remove the conversation, or write the calls into the content."
+    )
+  thinking = [message[name] for name in REASONING if message.get(name)]
+  return (thinking[0] if thinking else None), content
 
 
 def check_fits(length: int, row_length: int, what: str) -> None:

@@ -7,6 +7,7 @@ preparation of messages are those of transformers 5's `apply_chat_template`,
 which `tools/check_chat.py` compares against a real folder.
 """
 
+import datetime
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -20,7 +21,7 @@ from rlm.data import template_purse, template_sandbox
 Message = Mapping[str, Any]
 
 # Names under which a message brings its thinking; templates read the first.
-_REASONING = ("reasoning_content", "thinking", "reasoning")
+REASONING = ("reasoning_content", "thinking", "reasoning")
 # Room that a template has for its own words, and for repeating or indenting
 # what it is given.
 _OWN_CHARS, _GROWTH = 1_000_000, 16
@@ -36,6 +37,7 @@ class ChatTemplate:
 
   Args:
     folder: of the model.
+    now: the time that a template is told if it asks.
 
   Attributes:
     special_tokens: "bos_token" and the like -> string, as the template is
@@ -45,12 +47,16 @@ class ChatTemplate:
     ValueError: there is no template, or one that Jinja does not read.
   """
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    now: template_sandbox.Clock = datetime.datetime.now,
+  ):
     self._folder = pathlib.Path(folder)
     config = read_tokenizer_config(folder)
     self.special_tokens = special_tokens(config)
     self._sources = _sources(self._folder, config)
-    environment = template_sandbox.Environment()
+    environment = template_sandbox.Environment(now)
     self._compiled: dict[str, jinja2.Template] = {}
     for name in ("default", "tool_use"):
       if name in self._sources:
@@ -232,7 +238,7 @@ def _prepared(message: Any, where: str) -> dict[str, Any]:
   plain = _plain(
     {key: value for key, value in message.items() if value is not None}, where
   )
-  for name in _REASONING:
+  for name in REASONING:
     if name in plain:
       return {
         "thinking": plain[name],

@@ -27,6 +27,7 @@ where it survives; all else in them is text, too. Roles are strings as any
 other; which of them a user may take is for the caller to say.
 """
 
+import datetime
 import functools
 import os
 import pathlib
@@ -44,6 +45,7 @@ from rlm.data.chat_template import (
   read_tokenizer_config,
   special_tokens,
 )
+from rlm.data.template_sandbox import Clock
 from rlm.data.tokenizer import (
   ANSWER,
   END_ANSWER,
@@ -66,6 +68,7 @@ class ModelTokenizer(Vocabulary):
   Args:
     folder: holds tokenizer.json and tokenizer_config.json; a
       generation_config.json may name further tokens that end a completion.
+    now: the time that the chat template is told if it asks.
 
   Attributes:
     special_ids: string -> id of every control token: those flagged special,
@@ -80,7 +83,12 @@ class ModelTokenizer(Vocabulary):
       byte-level, or a named token is not in it.
   """
 
-  def __init__(self, folder: str | os.PathLike):
+  def __init__(
+    self,
+    folder: str | os.PathLike,
+    now: Clock = datetime.datetime.now,
+  ):
+    self._now = now
     self._folder = pathlib.Path(folder)
     pair = read_byte_level(folder)
     super().__init__(pair.control_ids, pair.token_bytes)
@@ -123,7 +131,7 @@ class ModelTokenizer(Vocabulary):
   @functools.cached_property
   def chat_template(self) -> ChatTemplate:
     """The folder's template; a ValueError where there is none."""
-    return ChatTemplate(self._folder)
+    return ChatTemplate(self._folder, self._now)
 
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
     tokenizer = self._with_special if allow_special else self._plain

@@ -14,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rlm.data.chat import Chat, Turn, check_content
+from rlm.data.chat import Chat, Turn, content_of
 from rlm.data.tokenizer import ANSWER, END_ANSWER, END_THINK, THINK, Tokenizer
 
 _REASONING = (THINK, END_THINK, ANSWER, END_ANSWER)
@@ -74,7 +74,9 @@ class R1Chat(Chat):
     t = self.tokenizer
     tokens, mask = [t.bos_id], [False]
     for i, message in enumerate(messages):
-      content = check_content(message, i)
+      thinking, content = content_of(message, i)
+      if thinking is not None:
+        content = f"{THINK}{thinking}{END_THINK}{content}"
       if message["role"] == "system":
         ids = t.encode(content)
       elif message["role"] == "user":

@@ -15,12 +15,13 @@ The final answer to a problem stands in \boxed{}, which the question asks for in
 the words that DeepSeek's and Qwen's model cards recommend.
 """
 
+import datetime
 import os
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rlm.data.chat import Chat, Turn, check_content
+from rlm.data.chat import Chat, Turn, content_of
 from rlm.data.model_tokenizer import ModelTokenizer
 from rlm.data.thinking import opens_thinking
 from rlm.data.tokenizer import END_THINK, THINK
@@ -28,6 +29,9 @@ from rlm.data.tokenizer import END_THINK, THINK
 INSTRUCTION = (
   r"Please reason step by step, and put your final answer within \boxed{}."
 )
+# For templates that write the date: the same text on whichever day a run is
+# continued. This is the one that Llama 3's has where no clock is given.
+_TODAY = datetime.datetime(2024, 7, 26)
 _PROBE = [{"role": "user", "content": "?"}]
 _SAID = "!"
 
@@ -51,7 +55,7 @@ class TemplateChat(Chat):
   answer_format = "boxed"
 
   def __init__(self, folder: str | os.PathLike):
-    self.tokenizer = t = ModelTokenizer(folder)
+    self.tokenizer = t = ModelTokenizer(folder, now=lambda: _TODAY)
     self.pad_id = t.pad_id
     prompt = t.decode(t.encode_chat(_PROBE))
     opens = opens_thinking(prompt)
@@ -87,9 +91,8 @@ class TemplateChat(Chat):
 
   def encode_response(self, thinking: str, answer: str) -> list[int]:
     r"""The thinking, then the answer in \boxed{}."""
-    return self._encode_said(
-      f"{THINK}\n{thinking}\n{END_THINK}\n\n\\boxed{{{answer}}}", 0
-    )
+    boxed = f"\\boxed{{{answer}}}"
+    return self._encode_said(_after_thinking(thinking, boxed), 0)
 
   def encode_messages(self, messages: Sequence[dict[str, Any]]) -> list[Turn]:
     """A document for each assistant turn; see `Chat`.
@@ -107,7 +110,10 @@ class TemplateChat(Chat):
     for i, message in enumerate(messages):
       if message["role"] != "assistant":
         continue
-      said = self._encode_said(check_content(message, i), i)
+      thinking, content = content_of(message, i)
+      if thinking is not None:
+        content = _after_thinking(thinking, content)
+      said = self._encode_said(content, i)
       asked = self.tokenizer.encode_chat(messages[:i])
       mask = [False] * len(asked) + [True] * len(said)
       turns.append((asked + said, mask))
@@ -142,7 +148,10 @@ class TemplateChat(Chat):
         f" thinking by {END_THINK} before its turn. Leave the thinking out."
       )
     ids: list[int] = []
-    for part in self._split(f"{self._before}{text}{self._after}"):
+    before = self._before
+    if thinks[0]:  # Qwen3's puts empty thinking before what has none
+      before = before.partition(THINK)[0]
+    for part in self._split(f"{before}{text}{self._after}"):
       token = self.tokenizer.special_ids.get(part)
       ids += self.tokenizer.encode(part) if token is None else [token]
     return [*ids, self.stop_tokens[0]]
@@ -155,3 +164,8 @@ class TemplateChat(Chat):
 
   def __repr__(self) -> str:
     return f"TemplateChat({self.tokenizer!r})"
+
+
+def _after_thinking(thinking: str, text: str) -> str:
+  """As R1 and Qwen3 write it."""
+  return f"{THINK}\n{thinking}\n{END_THINK}\n\n{text}"

@@ -65,17 +65,23 @@ METHODS = {
 
 _MAX_INDENT = 16
 
+Clock = Callable[[], datetime.datetime]
+
 
 class RefusalError(jinja2.TemplateError):
   """The template called raise_exception."""
 
 
 class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-  """The sandbox of chat templates."""
+  """The sandbox of chat templates.
+
+  Args:
+    now: the time that templates are told.
+  """
 
   intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-  def __init__(self):
+  def __init__(self, now: Clock = datetime.datetime.now):
     super().__init__(
       trim_blocks=True,
       lstrip_blocks=True,
@@ -98,7 +104,7 @@ class Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
       "dict": _Dict(),
       "namespace": _Namespace,
       "raise_exception": _raise_exception,
-      "strftime_now": _strftime_now,
+      "strftime_now": lambda format: _strftime(now(), format),
     }
 
   def _generate(self, source: nodes.Template, *args: Any, **kwargs: Any) -> str:
@@ -413,10 +419,10 @@ def _raise_exception(message: str) -> None:
   raise RefusalError(message)
 
 
-def _strftime_now(format: str) -> str:
+def _strftime(now: datetime.datetime, format: str) -> str:
   # The buffer that Python may take for it.
   template_purse.current.get().check(256 * len(format))
-  return datetime.datetime.now().strftime(format)
+  return now.strftime(format)
 
 
 class _Dict:

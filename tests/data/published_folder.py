@@ -91,6 +91,32 @@ CHATML = """
 {%- endif %}
 """
 
+# Qwen3's: thinking that the last turn brings is written anew, empty if none.
+QWEN3 = """
+{%- for m in messages %}
+  {{- '<|im_start|>' + m.role + '\\n' }}
+  {%- if m.role == 'assistant' %}
+    {%- set reasoning = '' %}
+    {%- set content = m.content %}
+    {%- if '</think>' in content %}
+      {%- set reasoning = content.split('</think>')[0].split('<think>')[-1] %}
+      {%- set content = content.split('</think>')[-1].lstrip('\\n') %}
+    {%- endif %}
+    {%- if loop.last %}
+      {{- '<think>\\n' + reasoning.strip('\\n') + '\\n</think>\\n\\n' }}
+    {%- endif %}
+    {{- content }}
+  {%- else %}{{ m.content }}{% endif %}
+  {{- '<|im_end|>\\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
+"""
+# Llama 3's: a system message with the date.
+DATED = (
+  "{{ '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"
+  + CHATML
+)
+
 DEEPSEEK_SPECIAL = (BOS, EOS, PAD)
 DEEPSEEK_ADDED = (USER, ASSISTANT, "<think>", "</think>")  # not flagged special
 QWEN_SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

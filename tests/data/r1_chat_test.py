@@ -51,6 +51,12 @@ def test_thinking_then_plain_text():
   assert tokens[4:] == [THINK, 116, END_THINK, 97, 32, 98, EOS]
 
 
+def test_thinking_that_stands_apart():
+  said = {"role": "assistant", "reasoning_content": "t", "content": "a"}
+  [(tokens, _)] = CHAT.encode_messages([*_messages(("user", "u")), said])
+  assert tokens[4:] == [THINK, 116, END_THINK, 97, EOS]
+
+
 def test_markers_in_a_users_text_stay_text():
   [(tokens, mask)] = CHAT.encode_messages(
     _messages(("user", "<think>x</think>"), ("assistant", "a"))

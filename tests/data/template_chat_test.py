@@ -17,8 +17,8 @@ def folder_of(tmp_path_factory):
   def folder(template):
     if template not in made:
       path = root / str(len(made))
-      if template == published.CHATML:
-        published.write_qwen(path)
+      if "im_start" in template:
+        published.write_qwen(path, template)
       else:
         published.write_deepseek(path, template)
       made[template] = path
@@ -98,6 +98,41 @@ def test_r1_0528_thinks_by_itself(folder_of):
     f"{BOS}{U}u{A}",
     f"<think>\nt\n</think>\na{EOS}",
   )
+
+
+def test_qwen3_writes_empty_thinking_where_there_is_none(folder_of):
+  chat = TemplateChat(folder_of(published.QWEN3))
+  asked = "<|im_start|>user\nu<|im_end|>\n<|im_start|>assistant\n"
+  for content, said in (
+    ("a", "<think>\n\n</think>\n\na<|im_end|>"),
+    ("<think>\nt\n</think>\n\na", "<think>\nt\n</think>\n\na<|im_end|>"),
+  ):
+    messages = _messages(("user", "u"), ("assistant", content))
+    [turn] = chat.encode_messages(messages)
+    assert _shown(chat, turn) == (asked, said)
+    whole = chat.tokenizer.encode_chat(messages, add_generation_prompt=False)
+    assert turn[0] == whole[: len(turn[0])]
+
+
+def test_thinking_may_stand_apart(folder_of):
+  chat = TemplateChat(folder_of(published.R1))
+  asked = {"role": "user", "content": "u"}
+  said = {"role": "assistant", "content": "a"}
+  for name in ("reasoning_content", "thinking"):
+    [turn] = chat.encode_messages([asked, said | {name: "t"}])
+    assert _shown(chat, turn)[1] == f"t\n</think>\n\na{EOS}"
+  with pytest.raises(ValueError, match=r"message 1 .* has tool_calls"):
+    chat.encode_messages([asked, said | {"tool_calls": [{}]}])
+
+
+def test_the_date_of_a_template_is_one_for_all_days(folder_of):
+  folder = folder_of(published.DATED)
+  assert "26 Jul 2024" in _prompt(TemplateChat(folder).tokenizer)
+  assert "26 Jul 2024" not in _prompt(ModelTokenizer(folder))
+
+
+def _prompt(tokenizer):
+  return tokenizer.decode(tokenizer.encode_chat(_messages(("user", "u"))))
 
 
 def test_control_tokens_in_a_text_stay_text(folder_of):
