@@ -164,21 +164,36 @@ def content_of(message: dict[str, Any], index: int) -> tuple[str | None, str]:
   """What a message says: its thinking if it stands apart, and its content.
 
   Raises:
-    ValueError: it says nothing, or calls tools, which is not learned.
+    ValueError: one is no text, it says nothing, or it calls tools, which is not
+      learned.
   """
-  role, content = message.get("role"), message.get("content")
-  if not isinstance(content, str) or not content.strip():
+  what = f"message {index} ({message.get('role')})"
+  if message.get("tool_calls"):
     raise ValueError(
-      f"message {index} ({role}) has empty content. Remove the conversation or"
-      " fill the message."
+      f"{what} has tool_calls, which are not learned. Remove the conversation,"
+      " or write the calls into the content."
     )
-  if role == "assistant" and message.get("tool_calls"):
-    raise ValueError(
-      f"message {index} (assistant) has tool_calls, which are not learned."
-      " Remove the conversation, or write the calls into the content."
-    )
+  content = message.get("content")
   thinking = [message[name] for name in REASONING if message.get(name)]
-  return (thinking[0] if thinking else None), content
+  for text in (content, *thinking):
+    if not isinstance(text, str) or not text.strip():
+      raise ValueError(
+        f"{what} has empty content, or none that is a text. Remove the"
+        " conversation or fill the message."
+      )
+    check_characters(text)
+  return (thinking[0] if thinking else None), str(content)
+
+
+def check_characters(text: str) -> None:
+  """Half a surrogate pair is a string in Python and JSON, but is no text."""
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(
+      f"character {error.start + 1} of the text is half a surrogate pair"
+      f" ({text[error.start]!a}), which no tokenizer reads. Remove it."
+    ) from error
 
 
 def check_fits(length: int, row_length: int, what: str) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlm import files
+from rlm.data.chat import check_characters
 from rlm.data.chat_formats import load_chat
 from rlm.data.chat_template import Message, read_tokenizer_config
 from rlm.data.model_tokenizer import ModelTokenizer
@@ -62,7 +63,7 @@ class PublishedPrompts:
     """A user's message; BOS and the text itself where there is no template."""
     if self.has_messages:
       return self.encode_messages([{"role": "user", "content": text}])
-    _check_characters(text)
+    check_characters(text)
     ids = self.tokenizer.encode(text)
     bos = self.tokenizer.bos_id
     return ids if bos is None or not self._adds_bos else [bos, *ids]
@@ -97,7 +98,7 @@ class RunPrompts:
 
   def encode_prompt(self, text: str) -> list[int]:
     """A user's message."""
-    _check_characters(text)
+    check_characters(text)
     return self._chat.encode_question(text)
 
   def encode_messages(self, messages: Sequence[Message]) -> list[int]:
@@ -257,15 +258,4 @@ def _check_messages(messages: Any) -> None:
       )
     for value in message.values():
       if isinstance(value, str):
-        _check_characters(value)
-
-
-def _check_characters(text: str) -> None:
-  """Half a surrogate pair is a string in Python and JSON, but is no text."""
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(
-      f"character {error.start + 1} of the text is half a surrogate pair"
-      f" ({text[error.start]!a}), which no tokenizer reads. Remove it."
-    ) from error
+        check_characters(value)

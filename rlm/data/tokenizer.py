@@ -237,13 +237,6 @@ def read_byte_level(folder: str | os.PathLike) -> ByteLevelBPE:
   """
   path = _tokenizer_json(folder)
   spec = _read_spec(path)
-  if "ByteLevel" not in _decoder_types(spec.get("decoder")):
-    raise ValueError(
-      f"{path}: the decoder is"
-      f" {_decoder_types(spec.get('decoder')) or None}, not ByteLevel, so"
-      " tokens do not map to bytes. Use a byte-level BPE (DeepSeek, Qwen,"
-      ' Llama 3) or tokenizer="bytes".'
-    )
   # Some files ask for a cut or for padding, which would go unnoticed. Control
   # tokens are matched as spelt: another spelling is no way to write them.
   spec |= {
@@ -284,7 +277,7 @@ def missing_markers(folder: str | os.PathLike) -> list[str]:
   """Those of `MARKERS` that are no single tokens of a folder's tokenizer.json.
 
   Raises:
-    ValueError: there is no such file, or it is not readable.
+    ValueError: there is no such file, or it is not byte-level.
   """
   path = _tokenizer_json(folder)
   spec = _read_spec(path)
@@ -367,6 +360,13 @@ def _read_spec(path: pathlib.Path) -> dict:
     raise ValueError(
       f"{path} is no tokenizer file that the tokenizers library reads: {error}"
     ) from error
+  decoders = _decoder_types(spec.get("decoder"))
+  if "ByteLevel" not in decoders:
+    raise ValueError(
+      f"{path}: the decoder is {decoders or None}, not ByteLevel, so tokens do"
+      " not map to bytes. Use a byte-level BPE (DeepSeek, Qwen, Llama 3) or"
+      ' tokenizer="bytes".'
+    )
   return spec
 
 

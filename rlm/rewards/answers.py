@@ -66,11 +66,12 @@ def parse_boxed(text: str) -> Response:
   The form of the published R1 models and of Qwen's. The thinking may be left
   out, for models that do not think; begun, it must end, once. What stands in
   the last `\boxed{}` after it is the answer, its braces balanced; a box within
-  the thinking is none.
+  the thinking is none, and one that does not end spoils those before it.
 
   Args:
     text: the response, what the prompt opened of it included, without EOS.
   """
+  text = text.lstrip()
   thinking, ended, rest = text.partition(END_THINK)
   if not ended:
     thinking, rest = "", text

@@ -38,8 +38,8 @@ class Sample:
     prompt_length: tokens.
     finished: ended by EOS.
     score: the verdict.
-    readable: its tokens are text, and markers no other than the format's;
-      whatever else was sampled could not be written down and read back.
+    readable: its tokens are text, and markers no other than the format's, and
+      fine-tuning would read that text back; all else has no faithful spelling.
   """
 
   problem: Problem
@@ -136,7 +136,8 @@ def sample_chunk(
       prompt_length=len(answers.prompts[i]),
       finished=bool(answers.completions.finished[i]),
       score=answers.scores[i],
-      readable=is_readable(chat.tokenizer, answers.tokens(i)),
+      readable=is_readable(chat.tokenizer, answers.tokens(i))
+      and comes_back(chat, problem, answers.texts[i]),
     )
     for i, problem in enumerate(answers.problems)
   ]
@@ -170,6 +171,26 @@ def is_readable(tokenizer: Vocabulary, tokens: np.ndarray) -> bool:
     text.count(name) == int(np.sum(tokens == token))
     for name, token in markers.items()
   )
+
+
+def comes_back(chat: Chat, problem: Problem, text: str) -> bool:
+  """Whether a response, learned from a file, would be the same text.
+
+  Args:
+    chat: how the model is written to.
+    problem: what was asked.
+    text: the response, without EOS.
+  """
+  messages = [
+    {"role": "user", "content": chat.question(problem.prompt)},
+    {"role": "assistant", "content": text},
+  ]
+  try:
+    [(tokens, mask)] = chat.encode_messages(messages)
+  except ValueError:  # not in the format, so it is not learned either
+    return False
+  said = tokens[mask.index(True) : -1]
+  return chat.response_text(said) == text
 
 
 def is_accepted(sample: Sample, *, require_steps: bool) -> bool:

@@ -111,6 +111,15 @@ QWEN3 = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}
 """
+# Qwen3-Thinking's: the prompt opens what the last turn writes, too.
+_BEGIN = "<|im_start|>assistant\\n"
+OPENED = QWEN3.replace(
+  _BEGIN + "' }}{% endif", _BEGIN + "<think>\\n' }}{% endif"
+)
+_BY_USER = " and messages[-1]['role'] == 'user'"
+AFTER_USER = V3.replace(
+  "add_generation_prompt", "add_generation_prompt" + _BY_USER
+)
 # Llama 3's: a system message with the date.
 DATED = (
   "{{ '<|im_start|>system\\n' + strftime_now('%d %b %Y') + '<|im_end|>\\n' }}"

@@ -119,7 +119,7 @@ def test_thinking_may_stand_apart(folder_of):
   asked = {"role": "user", "content": "u"}
   said = {"role": "assistant", "content": "a"}
   for name in ("reasoning_content", "thinking"):
-    [turn] = chat.encode_messages([asked, said | {name: "t"}])
+    [turn] = chat.encode_messages([asked, said | {name: "\nt\n"}])
     assert _shown(chat, turn)[1] == f"t\n</think>\n\na{EOS}"
   with pytest.raises(ValueError, match=r"message 1 .* has tool_calls"):
     chat.encode_messages([asked, said | {"tool_calls": [{}]}])
@@ -133,6 +133,32 @@ def test_the_date_of_a_template_is_one_for_all_days(folder_of):
 
 def _prompt(tokenizer):
   return tokenizer.decode(tokenizer.encode_chat(_messages(("user", "u"))))
+
+
+def test_markup_of_the_assistant_is_learned_as_it_is_sampled(folder_of):
+  chat = TemplateChat(folder_of(published.CHATML))
+  call = "<tool_call>{}</tool_call>"
+  [(tokens, mask)] = chat.encode_messages(
+    _messages(("user", call), ("assistant", call))
+  )
+  for name in ("<tool_call>", "</tool_call>"):
+    token = chat.tokenizer.special_ids[name]
+    assert [mask[i] for i, t in enumerate(tokens) if t == token] == [True]
+
+
+def test_a_probe_in_the_templates_own_words(folder_of):
+  # A default system prompt that ends by the same token as a turn.
+  template = "{{ '<|im_start|>system\\n?!<|im_end|>\\n' }}" + published.CHATML
+  chat = TemplateChat(folder_of(template))
+  [turn] = chat.encode_messages(_messages(("user", "u"), ("assistant", "a")))
+  assert _shown(chat, turn)[1] == "a<|im_end|>"
+  end = "{{- '<|im_end|>\n' }}\n{%- endfor"
+  assert end in template
+  open_end = template.replace(
+    end, "{%- if not loop.last %}{{- '<|im_end|>\n' }}{% endif %}\n{%- endfor"
+  )
+  with pytest.raises(ValueError, match="ends the assistant's turn by none of"):
+    TemplateChat(folder_of(open_end))
 
 
 def test_control_tokens_in_a_text_stay_text(folder_of):
@@ -153,15 +179,20 @@ def test_control_tokens_in_a_text_stay_text(folder_of):
 def test_a_worked_solution_is_what_the_parser_reads(folder_of):
   from rlm.rewards.answers import PARSERS
 
-  for template in (published.R1, published.R1_0528, published.CHATML):
-    chat = TemplateChat(folder_of(template))
+  for name in ("R1", "R1_0528", "CHATML", "V2", "V31", "QWEN3", "OPENED"):
+    chat = TemplateChat(folder_of(getattr(published, name)))
+    assert bool(chat.opened) == (name in ("R1", "OPENED"))
     said = chat.encode_response("1+1=2", r"\frac{4}{2}")
     assert said[-1] == chat.stop_tokens[0]
     text = chat.response_text(said[:-1])
-    assert text == "<think>\n1+1=2\n</think>\n\n\\boxed{\\frac{4}{2}}"
     response = PARSERS[chat.answer_format](text)
     assert response.well_formed and response.answer == r"\frac{4}{2}"
-    assert response.thinking == "\n1+1=2\n"
+    if name == "V31":  # which has closed thinking
+      assert text == "1+1=2\n\n\\boxed{\\frac{4}{2}}"
+    else:
+      expected = "<think>\n1+1=2\n</think>\n\n\\boxed{\\frac{4}{2}}"
+      assert text == " " * (name == "V2") + expected
+      assert response.thinking == "\n1+1=2\n"
     # As a conversation of the same text would be.
     [turn] = chat.encode_messages(
       _messages(("user", chat.question("1+1?")), ("assistant", text))
@@ -219,12 +250,30 @@ def test_the_end_is_the_one_that_the_template_writes(folder_of, tmp_path):
     (
       "R1",
       _messages(("user", "u"), ("assistant", "a")),
-      r"does not think, but the model's template begins its turn with <think>",
+      r"does not think, but the model's template begins a turn with <think>",
     ),
     (
       "V31",
       _messages(("user", "u"), ("assistant", "<think>t</think>a")),
       r"thinks, but the model's template closes thinking by </think>",
+    ),
+    (
+      "AFTER_USER",
+      _messages(("user", "u"), ("tool", "s"), ("assistant", "a")),
+      r"message 2 \(assistant\) follows the role 'tool', after which",
+    ),
+    (
+      "CHATML",
+      [
+        {"role": "user", "content": [{"type": "text", "text": "u"}]},
+        *_messages(("assistant", "a")),
+      ],
+      r"message 0 \(user\) has empty content, or none that is a text",
+    ),
+    (
+      "CHATML",
+      _messages(("user", "\ud800"), ("assistant", "a")),
+      "character 1 of the text is half a surrogate pair",
     ),
   ],
 )

@@ -37,6 +37,7 @@ def test_the_format(text, thinking, answer):
      r"\frac{1}{2}"),
     (r"<think>\boxed{1}</think>\boxed{2} or \boxed{3}.", r"\boxed{1}", "3"),
     (r"no thinking: \boxed{}", "", ""),
+    (r" <think>a</think>\boxed{5}", "a", "5"),
     (r"\boxed{a}}{", "", "a"),
   ],
 )  # fmt: skip
@@ -55,7 +56,6 @@ def test_boxed_answers(text, thinking, answer):
     r"<think>a</think>\boxed{5",
     r"<think>a</think>\boxed{4} \boxed{{5}",
     r"a</think>\boxed{5}",
-    r" <think>a</think>\boxed{5}",
     r"<think>a<think>b</think>\boxed{5}",
     r"<think>a</think>\boxed{5}</think>",
     r"<think>a</think><think>\boxed{5}",

@@ -9,11 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlm.data.chat import Trace, load_messages, save_messages
+from rlm.data.template_chat import TemplateChat
 from rlm.rewards.registry import Scored, Scorer
 from rlm.rl import rejection
 from rlm.rl.config import RejectionConfig
 from rlm.rl.rejection import Sample
 from rlm.tasks.registry import make_task
+from tests.data import published_folder as published
 from tests.rl.chooser import Chooser, broken, cut, longer, marked
 from tests.rl.reciter import CHAT, TASK, TOKENIZER, right, wrong
 
@@ -126,6 +128,21 @@ def test_verdicts_of_sampled_text(tmp_path):
   strict = config(samples_per_problem=2, require_steps=True)
   (row,) = drawn(strict, [PROBLEM], ways=(longer,))
   assert row[0].score.correct and rejection.select(row, strict) == []
+
+
+@pytest.mark.parametrize("template", ["R1", "CHATML", "V2"])
+def test_what_a_template_would_change_is_not_kept(tmp_path, template):
+  folder = tmp_path / "model"
+  if template == "CHATML":
+    published.write_qwen(folder)
+  else:
+    published.write_deepseek(folder, getattr(published, template))
+  chat = TemplateChat(folder)
+  said = chat.encode_response("1+1=2", "2")[:-1]
+  text = chat.response_text(said)
+  assert rejection.comes_back(chat, PROBLEM, text)
+  assert not rejection.comes_back(chat, PROBLEM, text + "\n")
+  assert not rejection.comes_back(chat, PROBLEM, text.replace("</think>", ""))
 
 
 def test_problems_are_distinct_training_problems_of_the_asked_counts():
