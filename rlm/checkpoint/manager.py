@@ -73,7 +73,12 @@ import orbax.checkpoint as ocp
 
 from rlm import files
 from rlm.checkpoint import leaves, manifest
-from rlm.checkpoint.stored_arrays import StoredArrays, chunked, open_array
+from rlm.checkpoint.stored_arrays import (
+  StoredArrays,
+  chunked,
+  open_array,
+  read_array,
+)
 from rlm.workdir import differences
 
 _ASIDE = ".aside-"  # prefix of folders that are no checkpoint (any more)
@@ -281,7 +286,7 @@ def restore_part(
     text = leaves.path_text(path)
     array = open_array(folder / "state", text.replace("/", "."))
     # A copy, of which the device owns the memory.
-    data = jnp.array(array.read().result())
+    data = jnp.array(read_array(array))
     return leaves.as_leaf(data, record["arrays"][text])
 
   return jax.tree.map_with_path(read, {name: tree[name]})[name]

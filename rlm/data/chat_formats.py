@@ -25,9 +25,9 @@ def load_chat(name: str) -> Chat:
     return TemplateChat(name)
   except ValueError as error:
     raise ValueError(
-      f"{name} has no usable chat template: {error} Nor has its tokenizer.json"
-      f" the markers of R1's format ({', '.join(missing)} are missing), which"
-      " rlm.data.tokenizer.add_markers would write into a copy."
+      f"{name} names no way to write conversations. R1's format needs the tokens"
+      f" {', '.join(missing)}, which rlm.data.tokenizer.add_markers would write"
+      f" into a copy. As to the model's own format: {error}"
     ) from error
 
 
