@@ -32,7 +32,7 @@ from rlm.models.quantized import Int8Matrix, quantized_shapes
 _BLOCK_BYTES = 1 << 22  # of what is read at once, and so of the largest chunk
 # Least part of that for a chunk to be: each costs about 0.1 ms, so that the
 # rows of an embedding, one by one, would take longer to find than to read.
-_LEAST_PART = 16
+_LEAST_PART = 64
 _KEPT_BLOCKS = 24  # one for each kind of matrix of a layer, and a few more
 
 
@@ -55,7 +55,7 @@ def chunked(leaf: Any) -> ocp.SaveArgs:
     lead += 1
   sharding = getattr(leaf, "sharding", None)  # numpy's have none
   written = sharding.shard_shape(leaf.shape) if sharding else leaf.shape
-  divided = [n < size for n, size in zip(written, leaf.shape, strict=True)]
+  divided = [n < whole for n, whole in zip(written, leaf.shape, strict=True)]
   least = min(_BLOCK_BYTES // _LEAST_PART, math.prod(written) * itemsize)
 
   def choices(axes):
@@ -74,7 +74,8 @@ def chunked(leaf: Any) -> ocp.SaveArgs:
       break
   else:
     size, axes = min(every, key=lambda choice: choice[0])
-  return ocp.SaveArgs(chunk_byte_size=size, shard_axes=axes)
+  # Orbax warns of less than 1 MiB, and stops at the same chunk with more.
+  return ocp.SaveArgs(chunk_byte_size=max(size, _BLOCK_BYTES), shard_axes=axes)
 
 
 def _cuts(
@@ -162,13 +163,14 @@ class StoredArrays:
     """
     leaf = self._leaves[name]
     if not leaf.size:  # saved as one zero, since Orbax refuses it
-      return np.zeros(leaf.shape, leaf.dtype)[(*place, ...)]
+      return np.zeros(leaf.shape[len(place) :], leaf.dtype)
     steps = _block_shape(self._open(name))[: len(place)]
     starts = tuple(i // n * n for i, n in zip(place, steps, strict=True))
     shared = any(step > 1 for step in steps)
     block = (self._kept if shared else self._read_block)(name, starts, steps)
     inside = (i - start for i, start in zip(place, starts, strict=True))
-    return block[(*inside, ...)]
+    index: Any = (*inside, ...)  # with it, even a scalar is an array
+    return block[index]
 
   def _read_block(self, name, starts, steps) -> np.ndarray:
     array = self._open(name)
@@ -196,7 +198,7 @@ class StoredArrays:
   def _load_int8(self, name, dtype, leaf: Int8Matrix, sharding) -> Int8Matrix:
     """An Int8Matrix; the inputs that share a scale are read together.
 
-    So a block is as wide as a chunk and as high as the matrix: 64 MiB of V3's
+    So a block is as wide as a chunk and as high as the matrix: 72 MiB of V3's
     largest in float32, of which few are held at a time.
     """
     values = LeafParts(leaf.values, sharding.values)

@@ -25,7 +25,7 @@ def load_chat(name: str) -> Chat:
     return TemplateChat(name)
   except ValueError as error:
     raise ValueError(
-      f"{name} names no way to write conversations. R1's format needs the tokens"
+      f"{name} serves no conversation. R1's format needs the tokens"
       f" {', '.join(missing)}, which rlm.data.tokenizer.add_markers would write"
       f" into a copy. As to the model's own format: {error}"
     ) from error

@@ -15,6 +15,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlm import files
+from rlm.checkpoint import manager as manager_module
 from rlm.checkpoint.manager import (
   CheckpointManager,
   restore_part,
@@ -138,6 +139,21 @@ def test_a_part_comes_back_without_a_template(tmp_path):
     restore_variables(tmp_path / "empty")
   with pytest.raises(ValueError, match="absent does not exist"):
     restore_variables(tmp_path / "absent")
+
+
+def test_a_part_that_disappears_is_no_zeros(tmp_path, monkeypatch):
+  with manager_of(tmp_path) as manager:
+    manager.save(1, make_state())
+  open_array = manager_module.open_array
+
+  def open_and_lose(folder, name):
+    array = open_array(folder, name)
+    shutil.rmtree(folder)
+    return array
+
+  monkeypatch.setattr(manager_module, "open_array", open_and_lose)
+  with pytest.raises(ValueError, match="disappeared, or lost files, while"):
+    restore_variables(tmp_path)
 
 
 def test_the_newest_are_kept(tmp_path):
