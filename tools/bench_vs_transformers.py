@@ -16,6 +16,7 @@ machine.
 """
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -46,30 +47,33 @@ from tools import (
   interleave,
 )
 
-_COMMON = dict(
-  vocab_size=1024,
-  n_vocab_used=1024,
-  hidden_size=256,
-  num_hidden_layers=6,
-  intermediate_size=768,
-  num_attention_heads=8,
-  rope_theta=10000.0,
-  rope_scaling=None,
-  max_position_embeddings=4096,
-  rms_norm_eps=1e-6,
-  initializer_range=0.05,
-  tie_word_embeddings=False,
-  num_nextn_predict_layers=0,
-  dtype="float32",
-  param_dtype="float32",
-  remat="none",
-  unroll_layers=True,
-  attention_chunk=0,
-  logits_chunk=0,
-)
+
+def _config(**fields: Any) -> ModelConfig:
+  """Of a small model, by the fields of a published config.json."""
+  shared = dict(
+    vocab_size=1024,
+    hidden_size=256,
+    num_hidden_layers=6,
+    intermediate_size=768,
+    num_attention_heads=8,
+    rope_theta=10000.0,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-6,
+    initializer_range=0.05,
+    tie_word_embeddings=False,
+  )
+  cfg = ModelConfig.from_hf(
+    shared | fields, dtype="float32", param_dtype="float32"
+  )
+  return dataclasses.replace(
+    cfg, remat="none", unroll_layers=True, attention_chunk=0, logits_chunk=0
+  )
+
+
 MODELS = {
-  "v3": ModelConfig(
-    **_COMMON,
+  "v3": _config(
+    model_type="deepseek_v3",
+    num_nextn_predict_layers=0,
     first_k_dense_replace=1,
     moe_intermediate_size=96,
     n_routed_experts=16,
@@ -87,28 +91,7 @@ MODELS = {
     qk_rope_head_dim=16,
     v_head_dim=32,
   ),
-  "qwen2": ModelConfig(
-    **_COMMON,
-    first_k_dense_replace=6,
-    moe_intermediate_size=0,
-    n_routed_experts=0,
-    num_experts_per_tok=0,
-    n_shared_experts=0,
-    n_group=1,
-    topk_group=1,
-    topk_method="greedy",
-    scoring_func="softmax",
-    norm_topk_prob=False,
-    routed_scaling_factor=1.0,
-    q_lora_rank=None,
-    kv_lora_rank=0,
-    qk_nope_head_dim=0,
-    qk_rope_head_dim=0,
-    v_head_dim=0,
-    num_key_value_heads=2,
-    head_dim=32,
-    qkv_bias=True,
-  ),
+  "qwen2": _config(model_type="qwen2", num_key_value_heads=2),
 }
 
 

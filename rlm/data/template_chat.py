@@ -149,18 +149,18 @@ class TemplateChat(Chat):
   def _encode_said(self, content: str, what: str) -> list[int]:
     """An assistant's content behind the prompt, and the end of the turn."""
     text = content.strip()
-    thinks = text.count(THINK), text.count(END_THINK)
-    if thinks not in ((0, 0), (1, 1)) or (thinks[0] and text.find(THINK) != 0):
+    thinks = text.startswith(THINK)
+    if not text.count(THINK) == text.count(END_THINK) == int(thinks):
       raise ValueError(
         f"{what} has broken markup. Needed: plain text, or"
         f" {THINK}..{END_THINK} and then plain text."
       )
-    if self.opened and not thinks[0]:
+    if self.opened and not thinks:
       raise ValueError(
         f"{what} does not think, but the model's template begins a turn with"
         f" {THINK}. Put {THINK}..{END_THINK} before the answer, even if empty."
       )
-    if self._closed and thinks[0]:
+    if self._closed and thinks:
       raise ValueError(
         f"{what} thinks, but the model's template closes thinking by"
         f" {END_THINK} before its turn. Leave the thinking out."
@@ -169,7 +169,7 @@ class TemplateChat(Chat):
       text = text.removeprefix(THINK)
       text = text.removeprefix(self.opened.removeprefix(THINK))
     before = self._before
-    if thinks[0]:  # Qwen3's puts empty thinking before what has none
+    if thinks:  # Qwen3's puts empty thinking before what has none
       before = before.partition(THINK)[0]
     t = self.tokenizer
     ids: list[int] = []

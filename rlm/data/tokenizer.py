@@ -13,6 +13,7 @@ DeepSeek's releases.
 reads the file of any published model for use as it is.
 """
 
+import abc
 import codecs
 import dataclasses
 import json
@@ -42,7 +43,7 @@ MARKERS = (
 )
 
 
-class Vocabulary:
+class Vocabulary(abc.ABC):
   """What ids stand for, and how their bytes are put together.
 
   Args:
@@ -60,6 +61,7 @@ class Vocabulary:
     self._token_bytes = token_bytes
     self._id_is_special = frozenset(special_ids.values())
 
+  @abc.abstractmethod
   def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
     """Token ids of a text, without BOS or EOS.
 
@@ -68,11 +70,10 @@ class Vocabulary:
       allow_special: control tokens spelt in the text become their single ids;
         for text of our own making, never for a user's.
     """
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """int32 [length] of each text, as `encode` gives them, faster."""
-    raise NotImplementedError
 
   def is_special(self, token: int) -> bool:
     """Whether an id is a control token's."""
