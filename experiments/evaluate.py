@@ -21,6 +21,7 @@ from rlm.data.chat import Chat
 from rlm.data.chat_formats import load_chat
 from rlm.eval.config import EvaluationConfig
 from rlm.models.config import ModelConfig
+from rlm.parallel.config import MeshConfig
 from rlm.sampling.config import SamplingConfig
 from rlm.tasks.base import Problem, Task
 from rlm.tasks.registry import make_task
@@ -38,7 +39,7 @@ class Config:
     evaluation: see EvaluationConfig.
     sampling: see SamplingConfig.
     slots: completions decoded together.
-    sampling_devices: among how many devices the slots are divided.
+    sampling_mesh: the devices among which the slots are divided.
     prompt_length: room for a prompt in tokens, chat markers included.
   """
 
@@ -48,7 +49,7 @@ class Config:
   evaluation: EvaluationConfig
   sampling: SamplingConfig
   slots: int
-  sampling_devices: int
+  sampling_mesh: MeshConfig
   prompt_length: int
 
 
@@ -90,7 +91,7 @@ def make_sampler(
   """The Sampler of completions that are scored, once problems are seen to fit.
 
   Args:
-    cfg: a config with the keys sampling, slots, sampling_devices and
+    cfg: a config with the keys sampling, slots, sampling_mesh and
       prompt_length.
     task: the family.
     problems: what will be asked.
@@ -114,7 +115,7 @@ def make_sampler(
     dataclasses.replace(cfg.sampling, stop_tokens=tuple(others)),
     slots=cfg.slots,
     prompt_length=cfg.prompt_length,
-    devices=cfg.sampling_devices,
+    mesh=cfg.sampling_mesh,
     eos_token=end,
     pad_token=chat.pad_id,
   )

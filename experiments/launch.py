@@ -9,6 +9,7 @@ second Ctrl-C.
 
 import ast
 import difflib
+import math
 import os
 import pathlib
 import re
@@ -22,6 +23,7 @@ from ml_collections import config_flags
 
 from rlm import config as config_lib
 from rlm import files, stopping
+from rlm.parallel.config import AXES
 
 _HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
 
@@ -114,14 +116,13 @@ def offer_cpu_devices(config: Any) -> None:
   Call before jax is imported.  Nothing happens where XLA's flag says how many.
 
   Args:
-    config: of a run; `sampling_devices` and `training_devices` are looked for
-      in all its sections.
+    config: of a run; `mesh` and `sampling_mesh` are looked for in all its
+      sections.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
   there = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
-  keys = ("sampling_devices", "training_devices")
-  wanted = [n for key in keys for n in _values(config, key) if type(n) is int]
+  wanted = [_mesh_size(mesh) for mesh in _meshes(config)]
   if there.isdecimal() and max(wanted, default=1) > int(there):
     os.environ["JAX_NUM_CPU_DEVICES"] = str(max(wanted))
 
@@ -297,13 +298,21 @@ def _dotted(config: Any, prefix: str = "") -> list[str]:
   return keys
 
 
-def _values(config: Any, key: str) -> Iterator[Any]:
-  """What `key` is set to in a config and in its sections."""
+def _meshes(config: Any) -> Iterator[Any]:
+  """The sections of meshes in a config and in its sections."""
   for name, value in config.items():
-    if isinstance(value, (ml_collections.ConfigDict, dict)):
-      yield from _values(value, key)
-    elif name == key:
+    if not isinstance(value, (ml_collections.ConfigDict, dict)):
+      continue
+    if name in ("mesh", "sampling_mesh"):
       yield value
+    else:
+      yield from _meshes(value)
+
+
+def _mesh_size(mesh: Any) -> int:
+  """Devices of a section that may still be wrong; then `build` says so."""
+  sizes = [mesh.get(axis, 1) for axis in AXES]
+  return math.prod(n for n in sizes if type(n) is int and n > 0)
 
 
 def _near_files(name: str) -> list[str]:

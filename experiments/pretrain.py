@@ -20,6 +20,7 @@ from rlm.data.chat_formats import load_model_chat
 from rlm.data.sources import DataConfig, MessagesSource, check_sources
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
+from rlm.parallel.config import MeshConfig
 from rlm.tasks.base import Task
 from rlm.tasks.registry import make_task
 
@@ -33,14 +34,12 @@ class BatchConfig:
     first_rows: rows of the first step; `rows` for no ramp.
     ramp_steps: steps until the batch is full; 0 for no ramp.
     microbatch_rows: rows whose activations are held at once; divides both.
-    training_devices: among how many devices a microbatch is divided.
   """
 
   rows: int
   first_rows: int
   ramp_steps: int
   microbatch_rows: int
-  training_devices: int
 
   def __post_init__(self):
     sizes = (self.rows, self.first_rows)
@@ -53,13 +52,6 @@ class BatchConfig:
         f"first_rows={self.first_rows} and rows={self.rows} must be multiples"
         f" of microbatch_rows={self.microbatch_rows}, and the first not more"
         " than the second."
-      )
-    devices = self.training_devices
-    if devices < 1 or self.microbatch_rows % devices:
-      raise ValueError(
-        f"microbatch_rows={self.microbatch_rows} cannot be divided among"
-        f" {devices} devices. Make it a multiple of training_devices, which"
-        " must be at least 1."
       )
 
 
@@ -100,6 +92,7 @@ class Config:
     tasks: name -> section of a task, for sources of kind "task".
     data: what is trained on.
     batch: rows of a step.
+    mesh: the devices, and what is divided among them.
     mtp_weight: lambda of V3 eq. 25, a number or a schedule.
     balance_weight: alpha of V3 eq. 17.
     bias_update_rate: gamma of V3 section 2.1.2, a number or a schedule.
@@ -122,6 +115,7 @@ class Config:
   tasks: dict[str, Any]
   data: DataConfig
   batch: BatchConfig
+  mesh: MeshConfig
   mtp_weight: float | ScheduleConfig
   balance_weight: float
   bias_update_rate: float | ScheduleConfig
@@ -142,6 +136,16 @@ class Config:
         f"data.row_length={self.data.row_length} exceeds"
         f" model.max_position_embeddings={self.model.max_position_embeddings}."
         " Shorten the rows or widen the context."
+      )
+    for name, rows in (
+      ("batch.microbatch_rows", self.batch.microbatch_rows),
+      ("eval.batch_rows", self.eval.batch_rows),
+    ):
+      self.mesh.check_rows("mesh", name, rows)
+    if self.data.row_length % self.mesh.context:
+      raise ValueError(
+        f"mesh.context={self.mesh.context} does not divide data.row_length="
+        f"{self.data.row_length}. Make it a divisor."
       )
     if self.eval.use_ema and self.ema_decay is None:
       raise ValueError(
@@ -165,17 +169,6 @@ MAY_CHANGE = (
 )
 
 
-def training_mesh(cfg: Config) -> Any:
-  """The mesh of the devices that share the rows of a microbatch.
-
-  Raises:
-    ValueError: there are not so many.
-  """
-  from rlm.parallel.mesh import data_mesh
-
-  return data_mesh(cfg.batch.training_devices, "batch.training_devices")
-
-
 def make_training(cfg: Config):
   """What a run computes, apart from data and files.
 
@@ -183,21 +176,22 @@ def make_training(cfg: Config):
     cfg: the run's config.
 
   Returns:
-    model: the Transformer.
+    layout: the Transformer on its mesh.
     start: variables -> TrainState.
     step: (state, batch, key) -> (state, metrics), on batches of
       `split_microbatches` with the scalars of `make_rates`.  Both are pure; the
       caller jits them.
   """
   from rlm.losses import global_weights, make_pretrain_loss
+  from rlm.models.layout import make_layout
   from rlm.models.transformer import Transformer
   from rlm.optim.optimizer import make_optimizer
   from rlm.train import init_state, make_train_step
 
-  model = Transformer(cfg.model)
+  layout = make_layout(Transformer(cfg.model), cfg.mesh, "mesh")
   tx = make_optimizer(cfg.optimizer)
   loss_fn = make_pretrain_loss(
-    model,
+    layout.model,
     train_mtp=cfg.mtp_weight != 0,
     balance_weight=cfg.balance_weight,
   )
@@ -207,7 +201,7 @@ def make_training(cfg: Config):
     num_microbatches=cfg.batch.rows // cfg.batch.microbatch_rows,
     ema_decay=cfg.ema_decay,
     skip_nonfinite=cfg.on_nonfinite == "skip",
-    mesh=training_mesh(cfg),
+    layout=layout,
   )
 
   def start(variables):
@@ -217,7 +211,7 @@ def make_training(cfg: Config):
     depth = cfg.model.num_nextn_predict_layers
     return train_step(state, global_weights(batch, mtp_depth=depth), key)
 
-  return model, start, step
+  return layout, start, step
 
 
 def make_rates(cfg: Config):
@@ -236,10 +230,14 @@ def prepare(cfg: Config) -> tuple[Chat, dict[str, Task]]:
   """The chat format and the tasks of a run, checked against its config.
 
   Raises:
-    ValueError: they cannot be made, the model has another vocabulary, or there
-      are too few devices.
+    ValueError: they cannot be made, the model has another vocabulary, or the
+      mesh fits neither the model nor the devices.
   """
-  training_mesh(cfg)  # or it raises
+  from rlm.models.layout import check_model_fits
+  from rlm.parallel.mesh import make_mesh
+
+  check_model_fits(cfg.model, cfg.mesh, "mesh")
+  make_mesh(cfg.mesh, "mesh")  # or it raises
   chat = load_model_chat(cfg.tokenizer, cfg.model.n_vocab_used)
   return chat, {
     name: make_task(section, f"config.tasks.{name}")
@@ -291,9 +289,8 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   import contextlib
 
   import jax
-  from jax.sharding import NamedSharding, PartitionSpec
 
-  from rlm import flops
+  from rlm import cost, flops, hardware
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import CheckpointManager
   from rlm.data import pipeline
@@ -357,19 +354,23 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     )
 
   # --- Model, and what is measured of it. ------------------------------------
-  model, start_state, step_fn = make_training(cfg)
-  on_all = NamedSharding(training_mesh(cfg), PartitionSpec())
-  step_fn = jax.jit(step_fn, donate_argnums=0, out_shardings=on_all)
+  layout, start_state, step_fn = make_training(cfg)
+  step_fn = jax.jit(step_fn, donate_argnums=0)
   rates = make_rates(cfg)
-  score_rows = heldout_lib.make_score_rows(model)
+  score_rows = heldout_lib.make_score_rows(layout)
   flops_per_token = flops.train_flops_per_token(
     cfg.model, cfg.data.row_length, mtp=cfg.mtp_weight != 0
   )
+  chip = hardware.chip_of_device_kind(jax.devices()[0].device_kind)
   peak_flops = cfg.peak_flops
+  if peak_flops is None:
+    peak_flops = cost.published_peak(chip, cfg.mesh.devices, cfg.model.dtype)
   if peak_flops is None:
     peak_flops = flops.measure_peak_flops(
       cfg.model.dtype, size=1024, seconds=0.2
     )
+
+  ledger = cost.RunLedger(flops_per_token, cfg.mesh.devices, peak_flops, chip)
 
   def evaluate(state):
     variables = state.variables
@@ -378,8 +379,6 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
         lambda e, p: e.astype(p.dtype), state.ema, variables["params"]
       )
       variables = {**variables, "params": averaged}
-    # On one device, or each would score every row.
-    variables = jax.tree.map(lambda x: x.addressable_data(0), variables)
     metrics = heldout_lib.bits_per_byte(score_rows, variables, heldout)
     if worked is not None:
       metrics |= heldout_lib.worked_accuracy(score_rows, variables, worked)
@@ -395,15 +394,14 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     ) as manager,
     catch_signals() as stop,
   ):
-    template = jax.eval_shape(start_state, initial.shapes(model))
+    template = layout.abstract(start_state, initial.shapes(layout.whole))
     if (saved := manager.restore(template)) is not None:
       start, state, _ = saved
     else:
-      variables = initial.initial_variables(model, cfg.init_from, init_key)
+      variables = initial.initial_variables(layout, cfg.init_from, init_key)
       if cfg.init_from is not None:
         folder.record_input("init_from", initial.digest(variables))
-      start, state = 0, jax.jit(start_state)(variables)
-    state = jax.device_put(state, on_all)
+      start, state = 0, layout.jit(start_state)(variables)
     with (
       MetricsWriter(
         folder.path, next_step=start, on_nonfinite=cfg.on_nonfinite
@@ -427,7 +425,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
           step,
           metrics,
           tokens=tokens,
-          peak_seconds=tokens * flops_per_token / peak_flops,
+          ledger=ledger.record,
           batch=batch,
         )
         bar.update(step + 1, **log.figures("loss", "grad_norm"))
@@ -453,6 +451,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
       "seconds": seconds,
       "tokens": tokens,
       "flops": tokens * flops_per_token,
+      "ledger": ledger.record(tokens, seconds),
       "model": {"total": counts.total, "activated": counts.activated},
       "loss": records[-1]["loss/next_token"],
       "heldout": {

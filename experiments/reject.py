@@ -21,6 +21,7 @@ from rlm.config import build
 from rlm.data.chat import Chat
 from rlm.data.chat_formats import load_chat
 from rlm.models.config import ModelConfig
+from rlm.parallel.config import MeshConfig
 from rlm.rl.config import RejectionConfig
 from rlm.sampling.config import SamplingConfig
 from rlm.tasks.base import Problem, Task
@@ -39,7 +40,7 @@ class Config:
     rejection: see RejectionConfig.
     sampling: see SamplingConfig.
     slots: completions decoded together.
-    sampling_devices: among how many devices the slots are divided.
+    sampling_mesh: the devices among which the slots are divided.
     prompt_length: room for a prompt in tokens, chat markers included.
   """
 
@@ -50,7 +51,7 @@ class Config:
   rejection: RejectionConfig
   sampling: SamplingConfig
   slots: int
-  sampling_devices: int
+  sampling_mesh: MeshConfig
   prompt_length: int
 
 

@@ -26,6 +26,7 @@ from rlm.data.chat import Chat
 from rlm.data.chat_formats import load_model_chat
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig, ScheduleConfig
+from rlm.parallel.config import MeshConfig
 from rlm.rl.config import ObjectiveConfig, SelectionConfig
 from rlm.rl.curriculum import CurriculumConfig
 from rlm.sampling.config import SamplingConfig
@@ -52,11 +53,12 @@ class Config:
     sampling: see SamplingConfig; without filters, so that log-probs are those
       of the whole distribution.
     slots: completions decoded together.
-    sampling_devices: among how many devices the slots are divided.
+    sampling_mesh: the devices among which the slots are divided.
     prompt_length: room for a prompt in tokens, chat markers included.
     replay_routes: train along the sampler's expert routes.
     objective: see ObjectiveConfig.
     selection: see SelectionConfig.
+    mesh: the devices of the updates.
     optimizer: see OptimizerConfig.
     schedule: see ScheduleConfig; over updates, not rollouts.
     bias_update_rate: of the expert bias; 0 freezes it.
@@ -86,11 +88,12 @@ class Config:
   rewards: dict[str, float]
   sampling: SamplingConfig
   slots: int
-  sampling_devices: int
+  sampling_mesh: MeshConfig
   prompt_length: int
   replay_routes: bool
   objective: ObjectiveConfig
   selection: SelectionConfig
+  mesh: MeshConfig
   optimizer: OptimizerConfig
   schedule: ScheduleConfig
   bias_update_rate: float
@@ -113,6 +116,9 @@ class Config:
         f" prompts_per_step={self.prompts_per_step}."
       )
     self.selection.check(self.prompts_per_step, self.group_size)
+    self.mesh.check_rows(
+      "mesh", "selection.microbatch_rows", self.selection.microbatch_rows
+    )
 
 
 # A run may go on with other values of these, as they change no result; of
@@ -171,6 +177,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   from rlm.eval.evaluate import trace_record
   from rlm.jsonl import JsonlWriter, read_jsonl
   from rlm.metrics import MetricsWriter, is_due
+  from rlm.models.layout import make_layout
   from rlm.optim.optimizer import make_optimizer
   from rlm.optim.schedule import make_schedule
   from rlm.progress import Progress
@@ -205,8 +212,9 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   init_key, rl_key = jax.random.split(jax.random.key(seed))
   objective = make_objective(cfg.objective)
   tx = freeze(make_optimizer(cfg.optimizer))
+  layout = make_layout(model, cfg.mesh, "mesh")
   learner = Learner(
-    model,
+    layout,
     objective,
     cfg.selection,
     tx=tx,
@@ -246,15 +254,15 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     ) as manager,
     catch_signals() as stop,
   ):
-    template = jax.eval_shape(start_state, initial.shapes(model))
+    template = layout.abstract(start_state, initial.shapes(model))
     if (saved := manager.restore(template)) is not None:
       start, state, extra = saved
       curriculum = extra["curriculum"]
     else:
-      variables = initial.initial_variables(model, cfg.init_from, init_key)
+      variables = initial.initial_variables(layout, cfg.init_from, init_key)
       if cfg.init_from is not None:
         folder.record_input("init_from", initial.digest(variables))
-      start, state = 0, jax.jit(start_state)(variables)
+      start, state = 0, layout.jit(start_state)(variables)
       curriculum = curricula.initial_state(cfg.curriculum)
     policy, reference = state.policy, state.reference
     with (

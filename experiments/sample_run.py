@@ -233,6 +233,7 @@ class Chat:
 
   def _sampler(self, length: int) -> Any:
     """The sampler for prompts of this length, compiled once for near ones."""
+    from rlm.parallel.config import replicas
     from rlm.sampling.sampler import Sampler, bucket_length
 
     context = self._model.cfg.max_position_embeddings
@@ -249,7 +250,7 @@ class Chat:
         dataclasses.replace(self.sampling, max_new_tokens=longest),
         slots=1,
         prompt_length=room,
-        devices=1,
+        mesh=replicas(1),
         eos_token=self.tokenizer.eos_id,
         pad_token=self.tokenizer.pad_id,
         steps_per_call=TOKENS_PER_CALL,

@@ -47,50 +47,128 @@ class ParameterCounts:
     return self.embedding + self.head + self.activated_layers
 
 
+@dataclasses.dataclass(frozen=True)
+class Part:
+  """Parameters of one kind in some layers.
+
+  Attributes:
+    total: all.
+    activated: those that one token uses.
+  """
+
+  total: int
+  activated: int
+
+  def times(self, layers: int) -> "Part":
+    """Of so many layers."""
+    return Part(layers * self.total, layers * self.activated)
+
+
 def count_parameters(cfg: ModelConfig) -> ParameterCounts:
   """Counts parameters by formula (sheet: V3 671.03B, 37.55B activated).
 
   Args:
     cfg: the model's sizes.
   """
-  c = cfg
-  d = c.hidden_size
-  dense = _attention(c) + 2 * d + 3 * d * c.intermediate_size
-  expert = 3 * d * c.moe_intermediate_size
-  around = _attention(c) + 2 * d + d * c.n_routed_experts  # router
-  around += c.n_shared_experts * expert
-  routed = around + c.n_routed_experts * expert
-  activated = around + c.num_experts_per_tok * expert
-  n_dense, n_moe = c.first_k_dense_replace, c.num_moe_layers
-  depth = c.num_nextn_predict_layers
-  mtp_rest = 2 * d * d + 3 * d  # projection and three norms
+  main, mtp = model_parts(cfg), mtp_parts(cfg)
+  embedding, head = main.pop("embedding"), main.pop("head")
   return ParameterCounts(
-    embedding=c.vocab_size * d,
-    head=0 if c.tie_word_embeddings else c.vocab_size * d,
-    layers=n_dense * dense + n_moe * routed + d,
-    activated_layers=n_dense * dense + n_moe * activated + d,
-    mtp=depth * (mtp_rest + (dense if c.is_dense else routed)),
-    activated_mtp=depth * (mtp_rest + (dense if c.is_dense else activated)),
+    embedding=embedding.total,
+    head=head.total,
+    layers=sum(part.total for part in main.values()),
+    activated_layers=sum(part.activated for part in main.values()),
+    mtp=sum(part.total for part in mtp.values()),
+    activated_mtp=sum(part.activated for part in mtp.values()),
   )
 
 
-def _attention(c: ModelConfig) -> int:
-  """Parameters of one layer's attention, its own norms included."""
+def model_parts(cfg: ModelConfig) -> dict[str, Part]:
+  """Parameters of the model by kind, MTP modules apart.
+
+  Kinds that this model lacks are there with 0.  The embedding counts as
+  activated in full, as published figures have it, though a token reads one row.
+
+  Args:
+    cfg: the model's sizes.
+  """
+  c = cfg
+  table = c.vocab_size * c.hidden_size
+  dense, routed = layer_parts(c, routed=False), layer_parts(c, routed=True)
+  head = 0 if c.tie_word_embeddings else table
+  parts = {"embedding": Part(table, table), "head": Part(head, head)}
+  for kind in dense:
+    a = dense[kind].times(c.first_k_dense_replace)
+    b = routed[kind].times(c.num_moe_layers)
+    parts[kind] = Part(a.total + b.total, a.activated + b.activated)
+  final_norm = c.hidden_size
+  vectors = parts["norms and biases"]
+  parts["norms and biases"] = Part(
+    vectors.total + final_norm, vectors.activated + final_norm
+  )
+  return parts
+
+
+def mtp_parts(cfg: ModelConfig) -> dict[str, Part]:
+  """Parameters that the MTP modules add, by kind; empty without modules.
+
+  Args:
+    cfg: the model's sizes.
+  """
+  depth, d = cfg.num_nextn_predict_layers, cfg.hidden_size
+  if not depth:
+    return {}
+  block = layer_parts(cfg, routed=not cfg.is_dense)
+  block["projection"] = Part(2 * d * d, 2 * d * d)
+  norms = block["norms and biases"].total + 3 * d
+  block["norms and biases"] = Part(norms, norms)
+  return {kind: part.times(depth) for kind, part in block.items()}
+
+
+def layer_parts(cfg: ModelConfig, *, routed: bool) -> dict[str, Part]:
+  """Parameters of one block by kind.
+
+  Args:
+    cfg: the model's sizes.
+    routed: whether its feed-forward is a mixture of experts.
+  """
+  c, d = cfg, cfg.hidden_size
+  attention, vectors = _attention(c)
+  dense = 0 if routed else 3 * d * c.intermediate_size
+  expert = 3 * d * c.moe_intermediate_size if routed else 0
+  router = d * c.n_routed_experts if routed else 0
+  shared = c.n_shared_experts * expert
+  norms = vectors + 2 * d
+  return {
+    "attention": Part(attention, attention),
+    "dense feed-forward": Part(dense, dense),
+    "routed experts": Part(
+      c.n_routed_experts * expert, c.num_experts_per_tok * expert
+    ),
+    "shared experts": Part(shared, shared),
+    "router": Part(router, router),
+    "norms and biases": Part(norms, norms),
+  }
+
+
+def _attention(c: ModelConfig) -> tuple[int, int]:
+  """Parameters of a layer's attention: matrices, and its norms and biases."""
   d, n = c.hidden_size, c.num_attention_heads
   if not c.has_latent_attention:
     keys = c.num_key_value_heads * c.rope_dim
     queries = n * c.rope_dim
     biases = queries + 2 * keys if c.qkv_bias else 0
     norms = 2 * c.rope_dim if c.qk_norm else 0
-    return 2 * d * (queries + keys) + biases + norms
+    return 2 * d * (queries + keys), biases + norms
   qk_head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
+  norms = c.kv_lora_rank
   if c.q_lora_rank is None:
     query = d * n * qk_head_dim
   else:
-    query = c.q_lora_rank * (d + 1 + n * qk_head_dim)
-  kv_down = d * (c.kv_lora_rank + c.qk_rope_head_dim) + c.kv_lora_rank
+    query = c.q_lora_rank * (d + n * qk_head_dim)
+    norms += c.q_lora_rank
+  kv_down = d * (c.kv_lora_rank + c.qk_rope_head_dim)
   kv_up = c.kv_lora_rank * n * (c.qk_nope_head_dim + c.v_head_dim)
-  return query + kv_down + kv_up + n * c.v_head_dim * d
+  return query + kv_down + kv_up + n * c.v_head_dim * d, norms
 
 
 def train_flops_per_token(
@@ -116,18 +194,44 @@ def forward_flops_per_token(
   cfg: ModelConfig, row_length: int, *, mtp: bool
 ) -> float:
   """Operations of the expanded form, forward only; see the training count."""
-  counts = count_parameters(cfg)
-  head = cfg.vocab_size * cfg.hidden_size
-  multiplied = counts.activated_layers + head
-  layers = cfg.num_hidden_layers
-  if mtp:
-    multiplied += counts.activated_mtp + cfg.num_nextn_predict_layers * head
-    layers += cfg.num_nextn_predict_layers
+  by_part = forward_flops_by_part(cfg, row_length, mtp=mtp)
+  return float(sum(by_part.values()))
+
+
+def forward_flops_by_part(
+  cfg: ModelConfig, row_length: int, *, mtp: bool
+) -> dict[str, int]:
+  """Forward operations per token of a full row, by part of the model.
+
+  The backward pass takes twice as many: each product has two gradients.
+
+  Args:
+    cfg: the model's sizes.
+    row_length: T.
+    mtp: whether the MTP modules run too.
+
+  Returns:
+    Kinds as in `model_parts`, the embedding's lookup left out; "attention
+    scores", the products of queries with keys and of their softmax with values;
+    "MTP modules" whole, if they run: blocks, projections, and the head again.
+  """
+  by_part = {
+    kind: 2 * part.activated
+    for kind, part in model_parts(cfg).items()
+    if kind != "embedding"
+  }
+  # A head that is the embedding has no parameters, and works all the same.
+  by_part["head"] = head = 2 * cfg.vocab_size * cfg.hidden_size
   per_pair = 2 * cfg.rope_dim
   if cfg.has_latent_attention:
     per_pair = cfg.qk_nope_head_dim + cfg.qk_rope_head_dim + cfg.v_head_dim
-  attention = cfg.num_attention_heads * per_pair * row_length
-  return float(2 * multiplied + layers * attention)
+  scores = cfg.num_attention_heads * per_pair * row_length
+  by_part["attention scores"] = cfg.num_hidden_layers * scores
+  if mtp and cfg.num_nextn_predict_layers:
+    activated = sum(part.activated for part in mtp_parts(cfg).values())
+    depth = cfg.num_nextn_predict_layers
+    by_part["MTP modules"] = 2 * activated + depth * (head + scores)
+  return by_part
 
 
 def decode_flops_per_token(cfg: ModelConfig, context: float) -> float:

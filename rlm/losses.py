@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from rlm.kernels.product import einsum
 from rlm.models.transformer import Transformer, head_kernel
+from rlm.parallel.shard import WHOLE, Whole
 
 Batch = dict[str, Any]  # arrays by name
 
@@ -88,6 +89,7 @@ def _softmax(
   n_vocab_used: int,
   temperature: float | jax.Array,
   chunk: int,
+  shard: Whole,
 ) -> _Softmax:
   """The softmax statistics of hidden @ head over the ids in use."""
   chex.assert_rank([hidden, head, targets], [2, 2, 1])
@@ -106,6 +108,8 @@ def _softmax(
   head = head[:, :n_vocab_used].astype(hidden.dtype)
 
   def merge(seen, head_chunk, first_id):
+    whole = shard.matrices({"head": head_chunk}, hidden.dtype)
+    head_chunk = whole["head"]
     logits = einsum("ND,DV->NV", hidden, head_chunk)
     return _merge(seen, logits / temperature, first_id, targets)
 
@@ -147,6 +151,7 @@ def token_logprobs(
   n_vocab_used: int,
   temperature: float | jax.Array,
   chunk: int,
+  shard: Whole = WHOLE,
 ) -> tuple[jax.Array, jax.Array]:
   """Log-probability of each target, and the entropy it was drawn with.
 
@@ -161,6 +166,7 @@ def token_logprobs(
     temperature: divides the logits, > 0.
     chunk: ids per vocabulary chunk, which bounds memory by [N, chunk];
       0 takes the vocabulary whole.
+    shard: of the model, on a mesh: `head` may then be a piece of its rows.
 
   Returns:
     logprobs float32 [N] and entropy float32 [N], in nats.
@@ -180,6 +186,7 @@ def token_logprobs(
     n_vocab_used=n_vocab_used,
     temperature=temperature,
     chunk=chunk,
+    shard=shard,
   )
   log_total = jnp.log(softmax.total)
   logprobs = softmax.target - softmax.top - log_total
@@ -193,6 +200,7 @@ def is_greedy(
   *,
   n_vocab_used: int,
   chunk: int,
+  shard: Whole = WHOLE,
 ) -> jax.Array:
   """Whether each target has the largest logit; arguments as token_logprobs.
 
@@ -206,6 +214,7 @@ def is_greedy(
     n_vocab_used=n_vocab_used,
     temperature=1.0,
     chunk=chunk,
+    shard=shard,
   )
   return softmax.target >= softmax.top
 
@@ -232,6 +241,25 @@ def shift_targets(batch: Batch, offset: int) -> tuple[jax.Array, jax.Array]:
   segment_ids = batch["segment_ids"]
   same_segment = (later(segment_ids) == segment_ids) & (segment_ids > 0)
   return later(batch["tokens"]), later(batch["loss_mask"]) & same_segment
+
+
+def own_targets(
+  batch: Batch, offset: int, shard: Whole
+) -> tuple[jax.Array, jax.Array]:
+  """`shift_targets` of a shard's tokens, of which the last predict another's.
+
+  Args:
+    batch: tokens, segment_ids int32 [B, T]; loss_mask bool [B, T].
+    offset: as there.
+    shard: what holds the other tokens of the rows.
+
+  Returns:
+    targets int32 [B, T] and mask bool [B, T].
+  """
+  names = ("tokens", "segment_ids", "loss_mask")
+  rows = {name: shard.whole_rows(batch[name]) for name in names}
+  targets, mask = shift_targets(rows, offset)
+  return shard.own_tokens(targets, 1), shard.own_tokens(mask, 1)
 
 
 def global_weights(batch: Batch, *, mtp_depth: int) -> Batch:
@@ -297,12 +325,13 @@ def make_pretrain_loss(
   Returns:
     LossFn over batches of `global_weights`.  Metrics: loss/next_token,
     loss/mtp (mean over depths, 0 where they do not run) and loss/balance, all
-    without their weights, and tokens (int32, padding excluded).
+    without their weights, tokens (int32, padding excluded) and dropped (choices
+    of experts without room).
 
   Raises:
     ValueError: `train_mtp` for a model without MTP modules.
   """
-  cfg = model.cfg
+  cfg, shard = model.cfg, model.shard
   depth = cfg.num_nextn_predict_layers
   if train_mtp and not depth:
     raise ValueError(
@@ -319,6 +348,7 @@ def make_pretrain_loss(
       n_vocab_used=cfg.n_vocab_used,
       temperature=1.0,
       chunk=cfg.logits_chunk,
+      shard=shard,
     )
     return -weighted_sum(logprobs, weights.reshape(-1))
 
@@ -328,17 +358,18 @@ def make_pretrain_loss(
     head = head_kernel(variables, cfg)
     hidden, routing = model.apply(variables, *rows)
     next_token = cross_entropy(
-      hidden, head, shift_targets(batch, 1)[0], batch["next_token_weights"]
+      hidden, head, own_targets(batch, 1, shard)[0], batch["next_token_weights"]
     )
     balance = routing.balance_loss.sum(axis=0)  # [B]
     mtp = jnp.float32(0.0)
     mtp_load = None
+    dropped = routing.dropped.sum()
     loss = next_token
     if train_mtp:
       mtp_hidden, mtp_routing = model.apply(
         variables, hidden, *rows, method="mtp"
       )
-      targets = [shift_targets(batch, 2 + k)[0] for k in range(depth)]
+      targets = [own_targets(batch, 2 + k, shard)[0] for k in range(depth)]
       mtp = (
         cross_entropy(
           mtp_hidden,
@@ -350,6 +381,7 @@ def make_pretrain_loss(
       )
       balance += mtp_routing.balance_loss.sum(axis=0)
       mtp_load = mtp_routing.expert_load
+      dropped += mtp_routing.dropped.sum()
       loss += batch["mtp_weight"] * mtp
     balance = weighted_sum(balance, batch["row_weights"])
     loss += balance_weight * balance
@@ -358,6 +390,7 @@ def make_pretrain_loss(
       "loss/mtp": mtp,
       "loss/balance": balance,
       "tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.int32),
+      "dropped": dropped,
     }
     return loss, Aux(metrics, routing.expert_load, mtp_load)
 

@@ -19,7 +19,7 @@ import contextlib
 import io
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -112,7 +112,7 @@ class MetricsWriter:
     metrics: dict[str, Any],
     *,
     tokens: int | None = None,
-    peak_seconds: float | None = None,
+    ledger: Callable[[float, float], dict[str, float]] | None = None,
     timing: dict[str, float] | None = None,
     batch: Any = None,
   ) -> None:
@@ -122,8 +122,8 @@ class MetricsWriter:
       step: the step they belong to, counted from 0.
       metrics: name -> value, on the device or not; never donated later.
       tokens: tokens of the step, on the host, for tokens per second.
-      peak_seconds: what the step's operations would take at the device's peak,
-        for the utilisation `mfu`.
+      ledger: (tokens, seconds) -> what they cost, such as
+        `rlm.cost.RunLedger.record`; needs `tokens`.
       timing: further figures for timing.jsonl; names end in their unit.
       batch: the step's batch, a pytree of arrays, kept until the step is known
         to be finite and saved if it is not.
@@ -160,8 +160,8 @@ class MetricsWriter:
     seconds = max(self._pending.timing["seconds"], 1e-9)
     if tokens is not None:
       self._pending.timing["tokens_per_second"] = tokens / seconds
-    if peak_seconds is not None:
-      self._pending.timing["mfu"] = peak_seconds / seconds
+      if ledger is not None:
+        self._pending.timing.update(ledger(tokens, seconds))
     if batch is not None:
       self._pending.batch = batch
 

@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from rlm.losses import Aux, Batch, LossFn
+from rlm.models.balance import load_metrics, router_metrics
+from rlm.models.layout import Layout
 from rlm.models.quantized import refuse_quantized
 from rlm.models.transformer import update_router
+from rlm.parallel.sharding import batch_specs, state_specs
 
 TrainStep = Callable[
   ["TrainState", Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]
@@ -170,15 +172,15 @@ def _accumulate(loss_and_grad, batch, key, num_microbatches):
   return jax.lax.fori_loop(0, num_live, add, zeros)
 
 
-def _join_devices(totals):
-  """What `_accumulate` gave on each device, as of all their rows."""
+def _join_devices(shard, totals):
+  """What `_accumulate` gave on each device, as of all their tokens."""
   loss, aux, grads = totals
   metrics = {
-    name: _reduction(name).across(x, "data") for name, x in aux.metrics.items()
+    name: shard.over_tokens(x, _reduction(name).across)
+    for name, x in aux.metrics.items()
   }
-  rest = (loss, aux[1:], grads)
-  loss, loads, grads = jax.tree.map(lambda x: jax.lax.psum(x, "data"), rest)
-  return loss, Aux(metrics, *loads), grads
+  loss, loads = jax.tree.map(shard.sum_tokens, (loss, aux[1:]))
+  return loss, Aux(metrics, *loads), shard.sum_gradients(grads)
 
 
 def make_train_step(
@@ -188,7 +190,7 @@ def make_train_step(
   num_microbatches: int,
   ema_decay: float | None,
   skip_nonfinite: bool,
-  mesh: Mesh | None = None,
+  layout: Layout | None = None,
 ) -> TrainStep:
   """A pure training step over the microbatches of `split_microbatches`.
 
@@ -205,9 +207,10 @@ def make_train_step(
     num_microbatches: M, the leading axis of the batches; `num_live` of them
       are used.  One compiled program serves every num_live.
     ema_decay: of the float32 average of the parameters; None for none.
-    mesh: of `rlm.parallel.mesh.data_mesh`, whose devices share the rows of each
-      microbatch, as if these were more microbatches; everything else stands
-      on each of them.  None for one device.
+    layout: the mesh whose devices share the work, on which `loss_fn` runs as
+      the loss of a device's own tokens (`layout.model`).  Gradients are added
+      up where a matrix is divided in every microbatch, between its copies once
+      a step.  None for one device.
     skip_nonfinite: where loss or gradient is not finite, nothing changes
       either way; True still counts the step, False returns the state exactly
       as it came, for a caller that stops there.
@@ -229,17 +232,13 @@ def make_train_step(
     return _accumulate(loss_and_grad, batch, key, num_microbatches)
 
   def totals(params, rest, batch, key):
-    if mesh is None:
+    if layout is None:
       return own_totals(params, rest, batch, key)
-    rows = {
-      k: P(None, "data") if jnp.ndim(x) else P() for k, x in batch.items()
-    }
-    return jax.shard_map(
-      lambda *args: _join_devices(own_totals(*args)),
-      mesh=mesh,
-      in_specs=(P(), P(), rows, P()),
-      out_specs=P(),
-      check_vma=False,
+    pieces = state_specs(params)
+    return layout.map(
+      lambda *args: _join_devices(layout.shard, own_totals(*args)),
+      in_specs=(pieces, state_specs(rest), batch_specs(batch, leading=1), P()),
+      out_specs=(P(), P(), pieces),
     )(params, rest, batch, key)
 
   def step_fn(state, batch, key):
@@ -277,6 +276,10 @@ def make_train_step(
     new_state = jax.tree.map(
       lambda new, old: jnp.where(finite, new, old), new_state, state
     )
+    if layout is not None:  # as it came, so that the next step is this program
+      new_state = jax.lax.with_sharding_constraint(
+        new_state, layout.shardings(new_state)
+      )
     if skip_nonfinite:
       new_state = new_state.replace(step=state.step + 1)
 
@@ -288,27 +291,10 @@ def make_train_step(
       "nonfinite": 1 - finite.astype(jnp.int32),
       **load_metrics("expert_load", aux.expert_load),
       **load_metrics("mtp_expert_load", aux.mtp_expert_load),
+      **router_metrics(new_state.variables.get("router", {})),
     }
+    if layout is not None:
+      metrics = jax.lax.with_sharding_constraint(metrics, layout.everywhere)
     return new_state, metrics
 
   return step_fn
-
-
-def load_metrics(name: str, load: jax.Array | None) -> dict[str, jax.Array]:
-  """Each expert's share of its layer's tokens, and the worst ratio to even.
-
-  Args:
-    name: prefix of the metrics.
-    load: float32 [L, E], token counts; or None.
-
-  Returns:
-    {name: [L, E] shares, name/max_over_mean: [L]}; empty without experts.
-  """
-  if load is None or not load.size:
-    return {}
-  total = jnp.maximum(load.sum(axis=1, keepdims=True), 1.0)
-  share = load / total
-  return {
-    name: share,
-    f"{name}/max_over_mean": share.max(axis=1) * load.shape[1],
-  }

@@ -7,8 +7,9 @@ import pytest
 
 from rlm import flops
 from rlm.config import build
+from rlm.models.cache import TokenCache
 from rlm.models.config import ModelConfig
-from rlm.models.transformer import Transformer
+from rlm.models.transformer import Transformer, head_kernel
 from tests.tiny_model import tiny_config
 
 
@@ -121,6 +122,149 @@ def test_matrix_products_and_attention_are_both_counted():
   # XLA computes the masked half of attention too, and counts norms.
   masked = 2 * cfg.num_attention_heads * 20 * 64
   assert formula < counted < 1.2 * (formula + masked)
+
+
+GROUPED = dict(
+  num_key_value_heads=1,
+  head_dim=6,
+  q_lora_rank=None,
+  kv_lora_rank=0,
+  qk_nope_head_dim=0,
+  qk_rope_head_dim=0,
+  v_head_dim=0,
+  num_nextn_predict_layers=0,
+)
+DENSE = dict(first_k_dense_replace=2, num_nextn_predict_layers=0)
+# Every expert is used, so that forms which compute all of them waste nothing.
+ALL_USED = dict(num_experts_per_tok=4, num_hidden_layers=3)
+KINDS = {
+  "latent": DENSE,
+  "plain queries, tied": DENSE
+  | dict(q_lora_rank=None, tie_word_embeddings=True),
+  "grouped": DENSE | GROUPED | dict(qkv_bias=True, qk_norm=True),
+  "experts": ALL_USED | dict(num_nextn_predict_layers=0),
+  "experts and mtp": ALL_USED | dict(num_nextn_predict_layers=2),
+}
+ROW = 8
+
+
+def product_flops(jaxpr) -> int:
+  """Operations of every matrix product of a program, scans in full."""
+  total = 0
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      ((contracted, _), _) = equation.params["dimension_numbers"]
+      left, out = equation.invars[0].aval.shape, equation.outvars[0].aval.shape
+      sizes = [left[axis] for axis in contracted]
+      total += 2 * int(np.prod(out)) * int(np.prod(sizes))
+      continue
+    assert equation.primitive.name != "ragged_dot"
+    times = 1
+    if equation.primitive.name == "scan":
+      times = equation.params["length"]
+    for inner in inner_jaxprs(equation):
+      assert equation.primitive.name != "while" or not product_flops(inner)
+      total += times * product_flops(inner)
+  return total
+
+
+def inner_jaxprs(equation):
+  values = [
+    item
+    for value in equation.params.values()
+    for item in (value if isinstance(value, (tuple, list)) else [value])
+  ]
+  opened = [getattr(value, "jaxpr", value) for value in values]
+  return [value for value in opened if hasattr(value, "eqns")]
+
+
+def counted_products(cfg, outputs, *args) -> int:
+  """Operations of `outputs(model, variables, *args)`, by its own program."""
+  model, row = Transformer(cfg), jax.ShapeDtypeStruct((1, ROW), np.int32)
+  variables = jax.eval_shape(model.init, jax.random.key(0), row, row, row)
+
+  def run(variables, *args):
+    return outputs(model, variables, *args)
+
+  return product_flops(jax.make_jaxpr(run)(variables, *args).jaxpr)
+
+
+def all_logits(model, variables, *rows):
+  hidden, _ = model.apply(variables, *rows)
+  head = head_kernel(variables, model.cfg)
+  logits = [hidden @ head]
+  if model.cfg.num_nextn_predict_layers:
+    states, _ = model.apply(variables, hidden, *rows, method=model.mtp)
+    logits.append(states @ head)
+  return logits
+
+
+def gates(cfg) -> int:
+  """Products that spread the gates over the experts, in every mixture."""
+  mixtures = cfg.num_moe_layers
+  mixtures += 0 if cfg.is_dense else cfg.num_nextn_predict_layers
+  return mixtures * 2 * cfg.num_experts_per_tok * cfg.n_routed_experts
+
+
+def without_vectors(cfg, by_part) -> int:
+  """Of a count by part, what is a matrix product."""
+  norms = flops.model_parts(cfg)["norms and biases"].activated
+  if cfg.num_nextn_predict_layers:
+    norms += flops.mtp_parts(cfg)["norms and biases"].activated
+  return sum(by_part.values()) - 2 * norms
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_product_of_the_forward_pass_is_counted(kind):
+  cfg = tiny_config(**KINDS[kind])
+  rows = [jax.ShapeDtypeStruct((1, ROW), np.int32)] * 3
+  counted = counted_products(cfg, all_logits, *rows)
+  by_part = flops.forward_flops_by_part(cfg, ROW, mtp=True)
+  layers = cfg.num_hidden_layers + cfg.num_nextn_predict_layers
+  # The program scores the masked half too; the formula leaves it out.
+  masked = by_part["attention scores"] // cfg.num_hidden_layers * layers
+  expected = without_vectors(cfg, by_part) + masked + gates(cfg)
+  assert counted == ROW * expected
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_backward_pass_is_twice_the_forward_pass(kind):
+  cfg = tiny_config(**KINDS[kind], unroll_layers=True)
+  rows = [jax.ShapeDtypeStruct((1, ROW), np.int32)] * 3
+
+  def loss_and_gradients(model, variables, *rows):
+    def loss(params):
+      logits = all_logits(model, {**variables, "params": params}, *rows)
+      return sum(x.sum() for x in logits)
+
+    return jax.value_and_grad(loss)(variables["params"])
+
+  forward = counted_products(cfg, all_logits, *rows)
+  both = counted_products(cfg, loss_and_gradients, *rows)
+  # The experts' numbers, which the gates are spread by, have no gradient.
+  assert both == 3 * forward - ROW * gates(cfg)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_product_of_decoding_is_counted(kind):
+  cfg = tiny_config(**KINDS[kind])
+  capacity = 24
+  cache = jax.eval_shape(lambda: TokenCache.empty(cfg, 1, capacity))
+  token = jax.ShapeDtypeStruct((1, 1), np.int32)
+
+  def next_logits(model, variables, token, cache):
+    hidden, *_ = model.apply(variables, token, cache, method=model.decode)
+    return hidden @ head_kernel(variables, cfg)
+
+  counted = counted_products(cfg, next_logits, token, cache)
+  norms = flops.model_parts(cfg)["norms and biases"].activated
+  spread = cfg.num_moe_layers * 2 * cfg.num_experts_per_tok
+  spread *= cfg.n_routed_experts
+  # The sum over the cache takes the RoPE keys along, which nothing reads.
+  along = cfg.num_hidden_layers * cfg.num_attention_heads * capacity
+  along *= 2 * cfg.qk_rope_head_dim
+  needed = flops.decode_flops_per_token(cfg, capacity) - 2 * norms
+  assert counted == needed + spread + along
 
 
 def test_decoding_is_the_absorbed_form():

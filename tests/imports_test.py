@@ -13,13 +13,13 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the bottom up. A folder or file imports itself and the rows below it.
 # Rows that the design draws as one are split where one member uses another.
 LAYERS = (
-  {"config", "files", "stopping"},
+  {"config", "files", "hardware", "stopping"},
   {"events", "jsonl"},
   {"kernels"},
   {"parallel"},
   {"models"},
   {"data", "flops", "losses", "metrics", "optim", "progress", "workdir"},
-  {"checkpoint", "train"},
+  {"checkpoint", "cost", "train"},
   {"rewards.answers"},  # text only; tasks with written answers compare by it
   {"tasks"},
   {"rewards", "sampling"},
@@ -42,7 +42,10 @@ WITHOUT_JAX = (
   "rlm/data/thinking.py",
   "rlm/data/tokenizer.py",
   "rlm/files.py",
+  "rlm/hardware.py",
   "rlm/jsonl.py",
+  "rlm/parallel/config.py",
+  "rlm/parallel/placement.py",
   "rlm/stopping.py",
   "rlm/eval/pass_at_k.py",
   "rlm/progress.py",

@@ -30,6 +30,7 @@ import numpy as np
 from experiments import launch
 from rlm.models.config import ModelConfig
 from rlm.models.transformer import Transformer
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
 from tools import interleave
@@ -66,7 +67,7 @@ def rlm_generate(
     sampling,
     slots=rows,
     prompt_length=length,
-    devices=devices,
+    mesh=replicas(devices),
     eos_token=1,
     pad_token=0,
   )

@@ -24,15 +24,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from experiments import launch
 from rlm.config import build
 from rlm.losses import global_weights, make_pretrain_loss
 from rlm.models.config import ModelConfig
+from rlm.models.layout import make_layout
 from rlm.models.transformer import Transformer
 from rlm.optim.optimizer import OptimizerConfig, make_optimizer
-from rlm.parallel.mesh import data_mesh
+from rlm.parallel.config import replicas
 from rlm.train import init_state, make_train_step, split_microbatches
 from tools import interleave
 
@@ -99,12 +99,11 @@ def rlm_steps(
     variables = jax.jit(model.init)(
       jax.random.key(0), tokens, positions, np.ones_like(tokens)
     )
-  mesh = data_mesh(devices, "--devices")
-  on_all = NamedSharding(mesh, PartitionSpec())
+  layout = make_layout(model, replicas(devices), "--devices")
   step = jax.jit(
     make_train_step(
       make_pretrain_loss(
-        model,
+        layout.model,
         train_mtp=cfg.num_nextn_predict_layers > 0,
         balance_weight=1e-4,
       ),
@@ -112,12 +111,14 @@ def rlm_steps(
       num_microbatches=rows // microbatch_rows,
       ema_decay=None,
       skip_nonfinite=True,
-      mesh=mesh,
+      layout=layout,
     ),
     donate_argnums=0,
-    out_shardings=on_all,
+    out_shardings=layout.everywhere,
   )
-  state = jax.device_put(init_state(variables, tx, ema_decay=None), on_all)
+  state = jax.device_put(
+    init_state(variables, tx, ema_decay=None), layout.everywhere
+  )
 
   def run():
     nonlocal state

@@ -37,8 +37,9 @@ from rlm.checkpoint.export import export_published
 from rlm.checkpoint.initial import random_variables
 from rlm.checkpoint.published_names import leaf_name
 from rlm.models.config import ModelConfig
+from rlm.models.layout import make_layout
 from rlm.models.transformer import Transformer, head_kernel
-from rlm.parallel.mesh import data_mesh
+from rlm.parallel.config import replicas
 from rlm.sampling import loop
 from tools import (
   bench_sampling,
@@ -167,7 +168,7 @@ def largest_difference(model, variables, make_theirs: Callable) -> float:
 
 def rlm_prefill(model, variables, tokens, *, devices: int):
   """A function that prefills once, cache and last logits."""
-  mesh = data_mesh(devices, "--devices")
+  layout = make_layout(model, replicas(devices), "--devices")
 
   def prefill(variables, tokens):
     length = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
@@ -176,16 +177,8 @@ def rlm_prefill(model, variables, tokens, *, devices: int):
     return made.cache, loop.next_token_logits(made.hidden, head)
 
   rows: Any = P("data")
-  divided = jax.jit(
-    jax.shard_map(
-      prefill,
-      mesh=mesh,
-      in_specs=(P(), rows),
-      out_specs=rows,
-      check_vma=False,
-    )
-  )
-  variables = jax.device_put(variables, jax.NamedSharding(mesh, P()))
+  divided = jax.jit(layout.map(prefill, (P(), rows), rows))
+  variables = jax.device_put(variables, layout.everywhere)
   return lambda: jax.block_until_ready(divided(variables, tokens))
 
 

@@ -18,9 +18,10 @@ from jax.sharding import PartitionSpec as P
 from rlm.kernels.mla_attention import mla_attention
 from rlm.models.cache import write_entry
 from rlm.models.layers import linear
+from rlm.models.layout import make_layout
 from rlm.models.mla import MLA
 from rlm.models.transformer import Transformer
-from rlm.parallel.mesh import data_mesh
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.programs import make_programs
 from tools import interleave
@@ -65,21 +66,20 @@ def rlm_decode(
   model, variables, rows, context, steps, *, devices: int, expanded: bool
 ) -> Callable[[], None]:
   """A function that decodes `steps` tokens a row after `context` of them."""
-  mesh = data_mesh(devices, "--devices")
+  layout = make_layout(model, replicas(devices), "--devices")
   sampling = SamplingConfig(
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=steps + 1
   )
   # Not the cached programs, whose trace does not know which form it holds.
   programs = make_programs.__wrapped__(
-    model,
+    layout,
     sampling,
-    mesh,
     capacity=context + steps,
     steps_per_call=steps,
     stop_tokens=(),
     pad_token=0,
   )
-  variables = jax.device_put(variables, jax.NamedSharding(mesh, P()))
+  variables = jax.device_put(variables, layout.everywhere)
   slots = programs.start(rows)
   by_row = slots.live.sharding
   full = jax.device_put(np.full(rows, context, np.int32), by_row)

@@ -72,9 +72,8 @@ def get_config():
       ),
     ),
   )
-  c.batch = dict(
-    rows=64, first_rows=64, ramp_steps=0, microbatch_rows=32, training_devices=2
-  )
+  c.batch = dict(rows=64, first_rows=64, ramp_steps=0, microbatch_rows=32)
+  c.mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.mtp_weight = 0.0
   c.balance_weight = 0.0
   c.bias_update_rate = 0.0

@@ -36,6 +36,6 @@ def get_config():
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=80, stop_tokens=()
   )
   c.slots = 256
-  c.sampling_devices = 2  # on a CPU, cores that decode a share each
+  c.sampling_mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.prompt_length = 28
   return c

@@ -77,13 +77,8 @@ def get_config():
       ),
     ),
   )
-  c.batch = dict(
-    rows=4608,
-    first_rows=4608,
-    ramp_steps=0,
-    microbatch_rows=512,
-    training_devices=1,
-  )
+  c.batch = dict(rows=4608, first_rows=4608, ramp_steps=0, microbatch_rows=512)
+  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
   c.mtp_weight = 0.0
   c.balance_weight = 0.001
   c.bias_update_rate = 0.0  # V2 selects experts without a bias

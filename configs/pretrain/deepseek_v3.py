@@ -81,12 +81,9 @@ def get_config():
   )
   # 3072 to 15360 rows within the first 469B tokens.
   c.batch = dict(
-    rows=15360,
-    first_rows=3072,
-    ramp_steps=12_424,
-    microbatch_rows=512,
-    training_devices=1,
+    rows=15360, first_rows=3072, ramp_steps=12_424, microbatch_rows=512
   )
+  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
   c.mtp_weight = dict(
     peak=0.3,
     phases=(

@@ -72,9 +72,8 @@ def get_config():
       ),
     ),
   )
-  c.batch = dict(
-    rows=32, first_rows=8, ramp_steps=100, microbatch_rows=8, training_devices=2
-  )
+  c.batch = dict(rows=32, first_rows=8, ramp_steps=100, microbatch_rows=8)
+  c.mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.mtp_weight = dict(
     peak=0.3,
     phases=(

@@ -122,13 +122,8 @@ def get_config():
   saving = dict(keep_checkpoints=2, on_nonfinite="stop")
   supervised = dict(
     init_from=None,
-    batch=dict(
-      rows=64,
-      first_rows=64,
-      ramp_steps=0,
-      microbatch_rows=32,
-      training_devices=2,
-    ),
+    batch=dict(rows=64, first_rows=64, ramp_steps=0, microbatch_rows=32),
+    mesh=dict(data=2, fsdp=1, expert=1, context=1, tensor=1),
     balance_weight=1e-4,
     bias_update_rate=0.01,  # short runs: at 0.001 loads stay uneven
     optimizer=muon,
@@ -163,7 +158,7 @@ def get_config():
     rewards=dict(accuracy=1.0, format=0.1),
     sampling=sampling | dict(max_new_tokens=64),
     slots=256,
-    sampling_devices=2,
+    sampling_mesh=dict(data=2, fsdp=1, expert=1, context=1, tensor=1),
     prompt_length=24,
     replay_routes=True,
     objective=dict(
@@ -179,6 +174,7 @@ def get_config():
       num_minibatches=2,
       microbatch_rows=32,
     ),
+    mesh=dict(data=2, fsdp=1, expert=1, context=1, tensor=1),
     optimizer=muon | dict(b2=0.98, muon=None),
     bias_update_rate=0.0,
     reference_every_steps=0,
@@ -233,13 +229,8 @@ def get_config():
           | dict(weight=1.0, documents=256, levels=(2, 3), tagged=1.0)
         )
       ),
-      batch=dict(
-        rows=32,
-        first_rows=32,
-        ramp_steps=0,
-        microbatch_rows=32,
-        training_devices=2,
-      ),
+      batch=dict(rows=32, first_rows=32, ramp_steps=0, microbatch_rows=32),
+      mesh=dict(data=2, fsdp=1, expert=1, context=1, tensor=1),
       mtp_weight=0.1,
       schedule=dict(
         peak=0.005,
@@ -280,7 +271,7 @@ def get_config():
       ),
       sampling=sampling | dict(max_new_tokens=64),
       slots=256,
-      sampling_devices=2,
+      sampling_mesh=dict(data=2, fsdp=1, expert=1, context=1, tensor=1),
       prompt_length=24,
     ),
     sft=supervised
@@ -388,7 +379,7 @@ def get_config():
     ),
     sampling=sampling | dict(max_new_tokens=80),
     slots=256,
-    sampling_devices=2,
+    sampling_mesh=dict(data=2, fsdp=1, expert=1, context=1, tensor=1),
     prompt_length=28,
   )
   c.rl_gain = ("cold_start", "rl")

@@ -80,7 +80,7 @@ def get_config():
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=128, stop_tokens=()
   )
   c.slots = 256
-  c.sampling_devices = 2  # on a CPU, cores that decode a share each
+  c.sampling_mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.prompt_length = 128
   c.replay_routes = True
   c.objective = dict(  # None: as the row of rlm/rl/objectives.py says
@@ -96,6 +96,7 @@ def get_config():
     num_minibatches=2,
     microbatch_rows=32,
   )
+  c.mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.optimizer = dict(
     clip_norm=1.0,
     b1=0.9,

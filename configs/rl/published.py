@@ -50,7 +50,7 @@ def get_config():
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=2048, stop_tokens=()
   )
   c.slots = 64
-  c.sampling_devices = 1
+  c.sampling_mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
   c.prompt_length = 512
   c.replay_routes = True
   c.objective = dict(  # None: as the row of rlm/rl/objectives.py says
@@ -66,6 +66,7 @@ def get_config():
     num_minibatches=2,
     microbatch_rows=1,
   )
+  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
   c.optimizer = dict(
     clip_norm=1.0,
     b1=0.9,

@@ -82,7 +82,7 @@ def get_config():
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=64, stop_tokens=()
   )
   c.slots = 256
-  c.sampling_devices = 2  # on a CPU, cores that decode a share each
+  c.sampling_mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.prompt_length = 24
   c.replay_routes = True
   c.objective = dict(  # None: as the row of rlm/rl/objectives.py says
@@ -98,6 +98,7 @@ def get_config():
     num_minibatches=16,
     microbatch_rows=64,
   )
+  c.mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.optimizer = dict(
     clip_norm=1.0,
     b1=0.9,

@@ -44,9 +44,8 @@ def get_config():
       ),
     ),
   )
-  c.batch = dict(
-    rows=16, first_rows=16, ramp_steps=0, microbatch_rows=1, training_devices=1
-  )
+  c.batch = dict(rows=16, first_rows=16, ramp_steps=0, microbatch_rows=1)
+  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
   c.mtp_weight = 0.0
   c.balance_weight = 1e-4
   c.bias_update_rate = 0.0

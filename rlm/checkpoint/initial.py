@@ -17,6 +17,7 @@ from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import without_mtp
 from rlm.config import plain
 from rlm.models.config import ModelConfig
+from rlm.models.layout import Layout
 from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
 from rlm.workdir import differences
@@ -39,15 +40,15 @@ _MAY_DIFFER = frozenset(
 
 
 def initial_variables(
-  model: Transformer, init_from: str | None, key: jax.Array
+  layout: Layout, init_from: str | None, key: jax.Array
 ) -> Any:
   """Variables of a run's newest checkpoint, of a published folder, or random.
 
   Warns of a run that has not finished.
 
   Args:
-    model: the model that will use them; without MTP modules it may start from
-      a published model that has them.
+    layout: of the model that will use them, which says where they shall lie;
+      without MTP modules it may start from a published model that has them.
     init_from: folder of the run or of the published model; None draws random
       weights.
     key: for random weights.
@@ -59,13 +60,15 @@ def initial_variables(
     ValueError: the folder holds no checkpoint, or one of another model, the
       differing fields or arrays named.
   """
+  model = layout.whole
+  places = layout.shardings(shapes(model))
   if init_from is None:
-    return random_variables(model, key)
+    return random_variables(model, key, places)
   folder = pathlib.Path(init_from)
   if (folder / "config.json").exists():
     config = files.read_json(folder / "config.json")
     if "model_type" in config:
-      return _published_variables(model, init_from)
+      return _published_variables(model, init_from, places)
     saved = dict(config.get("model", {}))
     if not model.cfg.num_nextn_predict_layers:
       saved.pop("num_nextn_predict_layers", None)  # stays behind
@@ -82,11 +85,11 @@ def initial_variables(
   held = stored.shapes
   if not model.cfg.num_nextn_predict_layers:
     held = drop_mtp(held)
-  _refuse(init_from, differences(layout(held), layout(wanted)))
-  return stored.load(wanted)
+  _refuse(init_from, differences(array_layout(held), array_layout(wanted)))
+  return stored.load(wanted, shardings=places)
 
 
-def _published_variables(model: Transformer, folder: str) -> Any:
+def _published_variables(model: Transformer, folder: str, places: Any) -> Any:
   """Variables of a published folder, in the model's own dtype."""
   published, c = read_published_config(folder), model.cfg
   ignored: list[str] = []
@@ -97,7 +100,8 @@ def _published_variables(model: Transformer, folder: str) -> Any:
     del saved[name]
   check_same_model(folder, saved, c)
   wanted = shapes(model)
-  return PublishedWeights(folder, c, wanted, ignored=ignored).load(wanted)
+  weights = PublishedWeights(folder, c, wanted, ignored=ignored)
+  return weights.load(wanted, shardings=places)
 
 
 def drop_mtp(variables: Any) -> Any:
@@ -137,13 +141,19 @@ def _refuse(init_from: str, changed: str) -> None:
     )
 
 
-def random_variables(model: Transformer, key: jax.Array) -> Any:
-  """The variables as the model draws them."""
+def random_variables(
+  model: Transformer, key: jax.Array, shardings: Any = None
+) -> Any:
+  """The variables as the model draws them, the same wherever they lie."""
   options = {}
   if jax.default_backend() == "cpu":
     # It runs once: 3.7 s of CPU time to compile instead of 8.3 (laptop model).
     options["xla_backend_optimization_level"] = 0
-  init = jax.jit(functools.partial(_init, model), compiler_options=options)
+  init = jax.jit(
+    functools.partial(_init, model),
+    compiler_options=options,
+    out_shardings=shardings,
+  )
   return init(key)
 
 
@@ -169,7 +179,7 @@ def _init(model: Transformer, key: jax.Array) -> Any:
   return model.init(key, row, row, row)
 
 
-def layout(tree: Any) -> dict[str, str]:
+def array_layout(tree: Any) -> dict[str, str]:
   """Name, type and shape of every array of a tree."""
   return {
     jax.tree_util.keystr(path, simple=True, separator="."): (

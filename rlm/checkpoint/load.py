@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rlm import files
-from rlm.checkpoint.initial import drop_mtp, layout, shapes
+from rlm.checkpoint.initial import array_layout, drop_mtp, shapes
 from rlm.checkpoint.manager import open_variables
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import without_mtp
@@ -145,7 +145,7 @@ def open_run(
     changes["num_nextn_predict_layers"] = 0
     held = drop_mtp(held)
   model = Transformer(dataclasses.replace(cfg, **changes))
-  names = layout(held).keys(), layout(shapes(model)).keys()
+  names = array_layout(held).keys(), array_layout(shapes(model)).keys()
   if names[0] != names[1]:
     raise ValueError(
       f"{root} holds other arrays than its config.json describes:"

@@ -13,12 +13,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from rlm.data.chat import Chat, check_fits
 from rlm.data.packing import empty_row
 from rlm.data.pipeline import Heldout
-from rlm.losses import Batch, is_greedy, shift_targets, token_logprobs
-from rlm.models.transformer import Transformer, head_kernel
+from rlm.losses import Batch, is_greedy, own_targets, token_logprobs
+from rlm.models.layout import Layout
+from rlm.models.transformer import head_kernel
+from rlm.parallel.config import ROWS
+from rlm.parallel.sharding import batch_specs, state_specs
 from rlm.tasks.base import Task
 
 
@@ -37,27 +41,36 @@ class RowScores(NamedTuple):
 ScoreRows = Callable[[Any, Batch], RowScores]
 
 
-def make_score_rows(model: Transformer) -> ScoreRows:
-  """A jitted function (variables, batch) -> RowScores."""
-  cfg = model.cfg
+def make_score_rows(layout: Layout) -> ScoreRows:
+  """A jitted function (variables, batch) -> RowScores; rows are divided."""
+  model, shard, cfg = layout.model, layout.shard, layout.model.cfg
 
-  @jax.jit
-  def score_rows(variables, batch):
+  def own_rows(variables, batch):
     hidden, _ = model.apply(
       variables, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
     head = head_kernel(variables, cfg)
-    targets, mask = shift_targets(batch, 1)
+    targets, mask = own_targets(batch, 1, shard)
     flat = (hidden.reshape(-1, hidden.shape[-1]), head, targets.reshape(-1))
     n_vocab_used, chunk = cfg.n_vocab_used, cfg.logits_chunk
     logprobs, _ = token_logprobs(
-      *flat, n_vocab_used=n_vocab_used, temperature=1.0, chunk=chunk
+      *flat,
+      n_vocab_used=n_vocab_used,
+      temperature=1.0,
+      chunk=chunk,
+      shard=shard,
     )
-    greedy = is_greedy(*flat, n_vocab_used=n_vocab_used, chunk=chunk)
-    return RowScores(
-      nats=-jnp.where(mask, logprobs.reshape(mask.shape), 0.0).sum(axis=1),
-      exact=(greedy.reshape(mask.shape) | ~mask).all(axis=1),
+    greedy = is_greedy(
+      *flat, n_vocab_used=n_vocab_used, chunk=chunk, shard=shard
     )
+    nats = -jnp.where(mask, logprobs.reshape(mask.shape), 0.0).sum(axis=1)
+    missed = (~greedy.reshape(mask.shape) & mask).sum(axis=1)
+    return RowScores(nats=shard.sum_row(nats), exact=shard.sum_row(missed) == 0)
+
+  @jax.jit
+  def score_rows(variables, batch):
+    specs = (state_specs(variables), batch_specs(batch, leading=0))
+    return layout.map(own_rows, specs, P(ROWS))(variables, batch)
 
   return score_rows
 

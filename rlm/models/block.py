@@ -8,6 +8,7 @@ from rlm.models.gqa import GQA
 from rlm.models.layers import RMSNorm, SwiGLU
 from rlm.models.mla import MLA
 from rlm.models.moe import MoE
+from rlm.parallel.shard import WHOLE, Whole
 
 
 class Block(nn.Module):
@@ -16,17 +17,22 @@ class Block(nn.Module):
   Attributes:
     cfg: the model's sizes.
     routed: experts instead of the dense feed-forward.
+    shard: what the other devices are asked for.
   """
 
   cfg: ModelConfig
   routed: bool
+  shard: Whole = WHOLE
 
   def setup(self):
-    c = self.cfg
+    c, shard = self.cfg, self.shard
     self.attn_norm = RMSNorm(c)
-    self.attn = MLA(c) if c.has_latent_attention else GQA(c)
+    self.attn = (MLA if c.has_latent_attention else GQA)(c, shard)
     self.ffn_norm = RMSNorm(c)
-    self.ffn = MoE(c) if self.routed else SwiGLU(c, c.intermediate_size)
+    if self.routed:
+      self.ffn = MoE(c, shard)
+    else:
+      self.ffn = SwiGLU(c, c.intermediate_size, shard)
 
   def _feed_forward(self, x, segment_ids, expert_ids):
     h = self.ffn_norm(x)

@@ -10,8 +10,9 @@ from flax import linen as nn
 from rlm.kernels import gqa_attention as kernel
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
-from rlm.models.layers import RMSNorm, linear, normal_init
+from rlm.models.layers import RMSNorm, linear, normal_init, parameter
 from rlm.models.rope import apply_half_rope
+from rlm.parallel.shard import WHOLE, Whole
 
 
 class GQA(nn.Module):
@@ -22,28 +23,29 @@ class GQA(nn.Module):
   """
 
   cfg: ModelConfig
+  shard: Whole = WHOLE
 
   def setup(self):
-    c = self.cfg
-    init, dtype = normal_init(c), jnp.dtype(c.param_dtype)
+    c, init = self.cfg, normal_init(self.cfg)
     d, h = c.hidden_size, c.head_dim
     n, m = c.num_attention_heads, c.num_key_value_heads
-    self.q_proj = self.param("q_proj", init, (d, n * h), dtype)
-    self.k_proj = self.param("k_proj", init, (d, m * h), dtype)
-    self.v_proj = self.param("v_proj", init, (d, m * h), dtype)
-    self.out_proj = self.param("out_proj", init, (n * h, d), dtype)
+    self.q_proj = parameter(self, "q_proj", init, (d, n * h))
+    self.k_proj = parameter(self, "k_proj", init, (d, m * h))
+    self.v_proj = parameter(self, "v_proj", init, (d, m * h))
+    self.out_proj = parameter(self, "out_proj", init, (n * h, d))
     if c.qkv_bias:
       zeros = nn.initializers.zeros
-      self.q_bias = self.param("q_bias", zeros, (n * h,), dtype)
-      self.k_bias = self.param("k_bias", zeros, (m * h,), dtype)
-      self.v_bias = self.param("v_bias", zeros, (m * h,), dtype)
+      self.q_bias = parameter(self, "q_bias", zeros, (n * h,))
+      self.k_bias = parameter(self, "k_bias", zeros, (m * h,))
+      self.v_bias = parameter(self, "v_bias", zeros, (m * h,))
     if c.qk_norm:
-      self.q_norm = RMSNorm(c)
-      self.k_norm = RMSNorm(c)
+      self.q_norm = RMSNorm(c, self.shard.enter_tensor)
+      self.k_norm = RMSNorm(c, self.shard.enter_tensor)
 
   def _heads(self, x, rotations):
     """Rotated q [B, T, N, H] and k [B, T, M, H], and v [B, T, M, H]."""
     c = self.cfg
+    x = self.shard.enter_tensor(x)
     q, k, v = (linear(x, w) for w in (self.q_proj, self.k_proj, self.v_proj))
     if c.qkv_bias:
       q, k, v = (
@@ -60,7 +62,8 @@ class GQA(nn.Module):
     return apply_half_rope(q, *rotations), apply_half_rope(k, *rotations), v
 
   def _out(self, heads):
-    return linear(heads.reshape(*heads.shape[:2], -1), self.out_proj)
+    out = linear(heads.reshape(*heads.shape[:2], -1), self.out_proj)
+    return self.shard.leave_tensor(out)
 
   @property
   def _scale(self) -> float:
@@ -80,14 +83,15 @@ class GQA(nn.Module):
       out [B, T, D] and the layer's cache [B, 2 M H, T] of these tokens.
     """
     q, k, v = self._heads(x, rotations)
+    whole_rows = self.shard.whole_rows
     out, _ = kernel.gqa_attention(
       q,
-      k,
-      v,
+      whole_rows(k),
+      whole_rows(v),
       positions,
-      positions,
+      whole_rows(positions),
       segment_ids,
-      segment_ids,
+      whole_rows(segment_ids),
       scale=self._scale,
       query_chunk=self.cfg.attention_chunk,
     )
@@ -117,7 +121,7 @@ class GQA(nn.Module):
       jnp.broadcast_to(slots, held.shape),
       jnp.ones_like(position),
       held,
-      num_key_value_heads=self.cfg.num_key_value_heads,
+      num_key_value_heads=layer.shape[1] // (2 * self.cfg.head_dim),
       scale=self._scale,
     )
     return self._out(out), layer

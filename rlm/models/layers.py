@@ -1,5 +1,7 @@
 """What every block is made of: the product, RMSNorm, SwiGLU, embedding."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -7,11 +9,40 @@ from flax import linen as nn
 from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
 from rlm.models.quantized import Int8Matrix, operand
+from rlm.parallel.shard import WHOLE, Whole
 
 
 def normal_init(cfg: ModelConfig) -> nn.initializers.Initializer:
   """Normal of std `initializer_range`, for every matrix (sheet 2.6)."""
   return nn.initializers.normal(stddev=cfg.initializer_range)
+
+
+def parameter(
+  module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple
+) -> jax.Array:
+  """A parameter of `module`, of cfg.param_dtype; a part of it on a mesh.
+
+  Args:
+    module: with a `cfg`.
+    name: of the parameter.
+    init: draws the whole of it.
+    shape: of the whole; what is given may be a part in any dimension.
+
+  Raises:
+    ValueError: what is given is no part of that shape.
+  """
+  if not module.has_variable("params", name):
+    return module.param(name, init, shape, jnp.dtype(module.cfg.param_dtype))
+  given = module.get_variable("params", name)
+  if len(given.shape) != len(shape) or any(
+    whole % part for whole, part in zip(shape, given.shape, strict=True)
+  ):
+    raise ValueError(
+      f"the parameter {'/'.join((*module.path, name))} has the shape"
+      f" {given.shape}, of which {shape} is needed. The variables are of"
+      " another model."
+    )
+  return given
 
 
 def dot(subscripts: str, x: jax.Array, w: jax.Array | Int8Matrix) -> jax.Array:
@@ -60,13 +91,13 @@ class RMSNorm(nn.Module):
   """Root-mean-square norm with a scale that starts at 1."""
 
   cfg: ModelConfig
+  # Of `Shard.enter_tensor` where only some heads are normed here.
+  enter: Callable[[jax.Array], jax.Array] = lambda scale: scale
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.cfg
-    dtype = jnp.dtype(c.param_dtype)
-    scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), dtype)
-    return rms_norm(x, scale, eps=c.rms_norm_eps)
+    scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+    return rms_norm(x, self.enter(scale), eps=self.cfg.rms_norm_eps)
 
 
 def swiglu(x, gate_proj, up_proj, down_proj) -> jax.Array:
@@ -79,27 +110,27 @@ class SwiGLU(nn.Module):
 
   cfg: ModelConfig
   width: int
+  shard: Whole = WHOLE
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    c = self.cfg
-    init, dtype = normal_init(c), jnp.dtype(c.param_dtype)
-    d, f = c.hidden_size, self.width
-    gate_proj = self.param("gate_proj", init, (d, f), dtype)
-    up_proj = self.param("up_proj", init, (d, f), dtype)
-    down_proj = self.param("down_proj", init, (f, d), dtype)
-    return swiglu(x, gate_proj, up_proj, down_proj)
+    init, d, f = normal_init(self.cfg), self.cfg.hidden_size, self.width
+    gate_proj = parameter(self, "gate_proj", init, (d, f))
+    up_proj = parameter(self, "up_proj", init, (d, f))
+    down_proj = parameter(self, "down_proj", init, (f, d))
+    x = self.shard.enter_tensor(x)
+    return self.shard.leave_tensor(swiglu(x, gate_proj, up_proj, down_proj))
 
 
 class Embedding(nn.Module):
-  """Token ids to vectors; int32 [...] -> cfg.dtype [..., D]."""
+  """Token ids to vectors; int32 [B, T] -> cfg.dtype [B, T, D]."""
 
   cfg: ModelConfig
+  shard: Whole = WHOLE
 
   @nn.compact
   def __call__(self, tokens: jax.Array) -> jax.Array:
     c = self.cfg
     shape = (c.vocab_size, c.hidden_size)
-    dtype = jnp.dtype(c.param_dtype)
-    embedding = self.param("embedding", normal_init(c), shape, dtype)
-    return jnp.take(embedding, tokens, axis=0).astype(c.dtype)
+    embedding = parameter(self, "embedding", normal_init(c), shape)
+    return self.shard.lookup(embedding, tokens, c.dtype)

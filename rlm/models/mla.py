@@ -11,9 +11,10 @@ from flax import linen as nn
 from rlm.kernels import mla_attention as kernel
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
-from rlm.models.layers import RMSNorm, dot, linear, normal_init
+from rlm.models.layers import RMSNorm, dot, linear, normal_init, parameter
 from rlm.models.quantized import operand
 from rlm.models.rope import apply_rope, softmax_scale
+from rlm.parallel.shard import WHOLE, Whole
 
 
 class MLA(nn.Module):
@@ -24,25 +25,25 @@ class MLA(nn.Module):
   """
 
   cfg: ModelConfig
+  shard: Whole = WHOLE
 
   def setup(self):
-    c = self.cfg
-    init, dtype = normal_init(c), jnp.dtype(c.param_dtype)
+    c, init = self.cfg, normal_init(self.cfg)
     n, d = c.num_attention_heads, c.hidden_size
     qk_head_dim = c.qk_nope_head_dim + c.qk_rope_head_dim
     if c.q_lora_rank is None:
-      self.q_proj = self.param("q_proj", init, (d, n * qk_head_dim), dtype)
+      self.q_proj = parameter(self, "q_proj", init, (d, n * qk_head_dim))
     else:
-      self.q_a = self.param("q_a", init, (d, c.q_lora_rank), dtype)
+      self.q_a = parameter(self, "q_a", init, (d, c.q_lora_rank))
       self.q_norm = RMSNorm(c)
       shape = (c.q_lora_rank, n * qk_head_dim)
-      self.q_b = self.param("q_b", init, shape, dtype)
+      self.q_b = parameter(self, "q_b", init, shape)
     shape = (d, c.kv_lora_rank + c.qk_rope_head_dim)
-    self.kv_a = self.param("kv_a", init, shape, dtype)
+    self.kv_a = parameter(self, "kv_a", init, shape)
     self.kv_norm = RMSNorm(c)
     shape = (c.kv_lora_rank, n * (c.qk_nope_head_dim + c.v_head_dim))
-    self.kv_b = self.param("kv_b", init, shape, dtype)
-    self.out_proj = self.param("out_proj", init, (n * c.v_head_dim, d), dtype)
+    self.kv_b = parameter(self, "kv_b", init, shape)
+    self.out_proj = parameter(self, "out_proj", init, (n * c.v_head_dim, d))
 
   def query_latent(self, x: jax.Array) -> jax.Array:
     """c^Q, normalised; [B, T, D] -> [B, T, Q]."""
@@ -52,10 +53,10 @@ class MLA(nn.Module):
     """q_nope [B, T, N, H] and rotated q_rope [B, T, N, R]."""
     c = self.cfg
     if c.q_lora_rank is None:
-      q = linear(x, self.q_proj)
+      q = linear(self.shard.enter_tensor(x), self.q_proj)
     else:
-      q = linear(self.query_latent(x), self.q_b)
-    q = q.reshape(*x.shape[:2], c.num_attention_heads, -1)
+      q = linear(self.shard.enter_tensor(self.query_latent(x)), self.q_b)
+    q = q.reshape(*x.shape[:2], -1, c.qk_nope_head_dim + c.qk_rope_head_dim)
     q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_rope, *rotations)
 
@@ -69,11 +70,13 @@ class MLA(nn.Module):
     """W^UK [C, N, H] and W^UV [C, N, h] of the packed kv_b, as x's operands."""
     c = self.cfg
     kv_b = operand(self.kv_b, x)
-    kv_b = kv_b.reshape(c.kv_lora_rank, c.num_attention_heads, -1)
+    width = c.qk_nope_head_dim + c.v_head_dim
+    kv_b = kv_b.reshape(c.kv_lora_rank, -1, width)
     return jnp.split(kv_b, [c.qk_nope_head_dim], axis=-1)
 
   def _out(self, heads):
-    return linear(heads.reshape(*heads.shape[:2], -1), self.out_proj)
+    out = linear(heads.reshape(*heads.shape[:2], -1), self.out_proj)
+    return self.shard.leave_tensor(out)
 
   @property
   def _scale(self) -> float:
@@ -93,11 +96,16 @@ class MLA(nn.Module):
     Returns:
       out [B, T, D] and the layer's cache [B, C + R, T] of these tokens.
     """
-    c = self.cfg
+    c, shard = self.cfg, self.shard
     q_nope, q_rope = self._queries(x, rotations)
     kv_latent, k_rope = self._latents(x, rotations)
+    entries = jnp.concatenate([kv_latent, k_rope], axis=-1)
+    # What the other parts of a row need of this one: C + R numbers a token.
+    whole = shard.whole_rows(shard.enter_tensor(entries))
+    kv_latent, k_rope = jnp.split(whole, [c.kv_lora_rank], axis=-1)
     kv = linear(kv_latent, self.kv_b)
-    kv = kv.reshape(*x.shape[:2], c.num_attention_heads, -1)
+    width = c.qk_nope_head_dim + c.v_head_dim
+    kv = kv.reshape(*kv_latent.shape[:2], -1, width)
     k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
     out, _ = kernel.mla_attention(
       q_nope,
@@ -106,14 +114,13 @@ class MLA(nn.Module):
       k_rope,
       v,
       positions,
-      positions,
+      shard.whole_rows(positions),
       segment_ids,
-      segment_ids,
+      shard.whole_rows(segment_ids),
       scale=self._scale,
       query_chunk=c.attention_chunk,
     )
-    entries = jnp.concatenate([kv_latent, k_rope], axis=-1).swapaxes(1, 2)
-    return self._out(out), entries
+    return self._out(out), entries.swapaxes(1, 2)
 
   def decode(self, x, rotations, layer, lengths):
     """Absorbed form of one new token a row.
@@ -128,6 +135,7 @@ class MLA(nn.Module):
       out [B, 1, D] and the layer's cache with the token added.
     """
     q_nope, q_rope = self._queries(x, rotations)
+    # Devices of a tensor group hold the cache alike, and read it differently.
     entry = jnp.concatenate(self._latents(x, rotations), axis=-1)
     layer = write_entry(layer, entry[:, 0], lengths)
     k_up, v_up = self._kv_up(x)

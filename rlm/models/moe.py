@@ -4,6 +4,8 @@ Sources: V3 eq. 12-20 and its released gate. The maths is functions over
 arrays; `MoE` at the end owns the parameters.
 """
 
+from collections.abc import Callable
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -16,8 +18,10 @@ from rlm.kernels.grouped_matmul import (
 )
 from rlm.kernels.product import einsum
 from rlm.models.config import ModelConfig
-from rlm.models.layers import SwiGLU, dot, linear, normal_init
+from rlm.models.layers import SwiGLU, dot, linear, normal_init, parameter
 from rlm.models.quantized import operand
+from rlm.parallel.expert import exchanged
+from rlm.parallel.shard import WHOLE, Whole
 
 
 @flax.struct.dataclass
@@ -32,12 +36,18 @@ class Routing:
     flips: bool [B, T], tokens that the router would send to other experts than
       the replayed ones, from a state that the layers below reached by replayed
       routes; False in padding, and all False where routes are chosen.
+    dropped: float32 [], choices of an expert that found no room, which only a
+      capacity limits (`rlm.parallel.expert`).
+
+  On a mesh all of it is of this device's tokens, and a row that is divided
+  among devices has its balance loss divided among them.
   """
 
   expert_ids: jax.Array
   expert_load: jax.Array
   balance_loss: jax.Array
   flips: jax.Array
+  dropped: jax.Array
 
 
 def expert_scores(logits: jax.Array, scoring_func: str) -> jax.Array:
@@ -120,7 +130,10 @@ def count_experts(expert_ids: jax.Array, n_experts: int) -> jax.Array:
 
 
 def sequence_balance_loss(
-  scores: jax.Array, mask: jax.Array, num_experts_per_tok: int
+  scores: jax.Array,
+  mask: jax.Array,
+  num_experts_per_tok: int,
+  sum_row: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
   """The sequence-wise balance loss of each row, without alpha; V3 eq. 17-20.
 
@@ -131,19 +144,20 @@ def sequence_balance_loss(
     scores: float32 [B, T, E].
     mask: bool [B, T], True for tokens; T of the equation counts these.
     num_experts_per_tok: K.
+    sum_row: completes a sum over T where a row is divided among devices.
 
   Returns:
     float32 [B]; 1 under perfect balance, 0 for a row without tokens.
   """
   n_experts = scores.shape[-1]
   weight = mask.astype(jnp.float32)[..., None]
-  tokens = jnp.maximum(weight.sum(axis=1), 1.0)  # [B, 1]
+  tokens = jnp.maximum(sum_row(weight.sum(axis=1)), 1.0)  # [B, 1]
   top = jax.lax.top_k(jax.lax.stop_gradient(scores), num_experts_per_tok)[1]
-  chosen = (count_experts(top, n_experts) * weight).sum(axis=1)
+  chosen = sum_row((count_experts(top, n_experts) * weight).sum(axis=1))
   expert_load = chosen * n_experts / (num_experts_per_tok * tokens)
   # As in the gates: sigmoids that all underflow have no sum to divide by.
   share = scores / (scores.sum(axis=-1, keepdims=True) + 1e-20)
-  router_prob = (share * weight).sum(axis=1) / tokens
+  router_prob = sum_row((share * weight).sum(axis=1)) / tokens
   return (expert_load * router_prob).sum(axis=-1)
 
 
@@ -170,7 +184,8 @@ class _Slots:
 
   Attributes:
     token: int32 [M], the token in each slot; N (one past) where it is empty.
-    choice: int32 [N, K], the slot of each token's k-th choice.
+    choice: int32 [N, K], the slot of each token's k-th choice; M or more where
+      it has none here.
     gate_of: int32 [M], index into the flat [N * K] choices; N * K where empty.
     group_sizes: int32 [E], slots of each expert, empty ones included.
   """
@@ -180,22 +195,47 @@ class _Slots:
   gate_of: jax.Array
   group_sizes: jax.Array
 
+  def part(self, start: jax.Array, size: int) -> "_Slots":
+    """The slots from `start` to `start + size`, counted from 0."""
+    ends = jnp.clip(jnp.cumsum(self.group_sizes) - start, 0, size)
+    inside = (self.choice >= start) & (self.choice < start + size)
+    return _Slots(
+      token=jax.lax.dynamic_slice_in_dim(self.token, start, size),
+      choice=jnp.where(inside, self.choice - start, size),
+      gate_of=jax.lax.dynamic_slice_in_dim(self.gate_of, start, size),
+      group_sizes=jnp.diff(ends, prepend=0),
+    )
 
-def _assign_slots(expert_ids: jax.Array, n_experts: int, size: int) -> _Slots:
-  """Sorts the [N, K] choices by expert, stably, into groups of whole blocks."""
+
+def _assign_slots(
+  expert_ids: jax.Array, n_experts: int, size: int, multiple: int
+) -> _Slots:
+  """Sorts the [N, K] choices by expert, stably, into groups of whole blocks.
+
+  Args:
+    expert_ids: int32 [N, K]; n_experts for a choice that is not here.
+    n_experts: E.
+    size: rows of a block.
+    multiple: of which M is one, itself a multiple of `size`.
+  """
   n, k = expert_ids.shape
   flat = expert_ids.reshape(-1)
   order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-  load = jnp.bincount(flat, length=n_experts).astype(jnp.int32)
+  load = jnp.bincount(flat, length=n_experts + 1).astype(jnp.int32)[:-1]
   group_sizes = (load + size - 1) // size * size
   # Worst case of the padding, so that the shape is static and none is dropped.
-  slots = (n * k + n_experts * (size - 1)) // size * size
+  slots = n * min(k, n_experts) + n_experts * (size - 1)
+  slots = slots // size * size
+  slots = -(-slots // multiple) * multiple
   first = jnp.cumsum(load) - load
   first_slot = jnp.cumsum(group_sizes) - group_sizes
   expert = flat[order]
-  slot = first_slot[expert] + jnp.arange(n * k, dtype=jnp.int32) - first[expert]
+  here = jnp.minimum(expert, n_experts - 1)
+  slot = first_slot[here] + jnp.arange(n * k, dtype=jnp.int32) - first[here]
+  slot = jnp.where(expert < n_experts, slot, slots)
   choice = jnp.zeros((n * k,), jnp.int32).at[order].set(slot)
-  gate_of = jnp.full((slots,), n * k, jnp.int32).at[slot].set(order)
+  gate_of = jnp.full((slots,), n * k, jnp.int32)
+  gate_of = gate_of.at[slot].set(order, mode="drop")
   return _Slots(gate_of // k, choice.reshape(n, k), gate_of, group_sizes)
 
 
@@ -204,31 +244,40 @@ def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
   return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 
+def _sum_choices(rows, choice, gates=None):
+  """float32 [N, D]: the rows [M, D] of each token's choices, weighed."""
+  total = jnp.zeros((choice.shape[0], rows.shape[1]), jnp.float32)
+  for k in range(choice.shape[1]):
+    part = _take_rows(rows, choice[:, k]).astype(jnp.float32)
+    total += part if gates is None else gates[:, k, None] * part
+  return total
+
+
 @jax.custom_vjp
 def _dispatch(x, slots):
   """[N, D] -> [M, D]. Its transpose is a sum over K of gathers, no scatter."""
   return _take_rows(x, slots.token)
 
 
-def _dispatch_bwd(slots, dy):
-  return dy[slots.choice].sum(axis=1).astype(dy.dtype), None
-
-
-_dispatch.defvjp(lambda x, slots: (_dispatch(x, slots), slots), _dispatch_bwd)
+_dispatch.defvjp(
+  lambda x, slots: (_dispatch(x, slots), slots),
+  lambda slots, dy: (_sum_choices(dy, slots.choice).astype(dy.dtype), None),
+)
 
 
 @jax.custom_vjp
 def _combine(y, gates, slots):
-  """float32 [M, D], gates [N, K] -> sum over K of gate * row, [N, D]."""
-  return einsum("NK,NKD->ND", gates, y[slots.choice])
+  """[M, D], gates [N, K] -> sum over K of gate * row, float32 [N, D]."""
+  return _sum_choices(y, slots.choice, gates)
 
 
 def _combine_bwd(residuals, dout):
   y, gates, slots = residuals
   gate = _take_rows(gates.reshape(-1, 1), slots.gate_of)
-  dy = gate * _take_rows(dout, slots.token)
-  dgates = einsum("ND,NKD->NK", dout, y[slots.choice])
-  return dy, dgates, None
+  dout_rows = _take_rows(dout, slots.token)
+  dgate = (dout_rows * y.astype(jnp.float32)).sum(axis=1, keepdims=True)
+  dgates = _take_rows(dgate, slots.choice.reshape(-1)).reshape(gates.shape)
+  return (gate * dout_rows).astype(y.dtype), dgates, None
 
 
 _combine.defvjp(
@@ -237,27 +286,66 @@ _combine.defvjp(
 )
 
 
-def routed_experts_grouped(x, gates, expert_ids, weights, implementation):
-  """The experts by grouped matmul: work in proportion to the routes."""
+def routed_experts_grouped(
+  x, gates, expert_ids, weights, implementation, rows=None
+):
+  """The experts by grouped matmul: work in proportion to the routes.
+
+  Args:
+    x: [N, D].
+    gates: float32 [N, K].
+    expert_ids: int32 [N, K]; E for a choice of an expert that is not here.
+    weights: as of `routed_experts`.
+    implementation: a form of `grouped_matmul`, or None.
+    rows: choices expected to be here; None expects all of them. Buffers hold
+      twice as many; passes over what is beyond run only where there is any.
+
+  Returns:
+    [N, D] in the dtype of `x`.
+  """
   gate_proj, up_proj, down_proj = (operand(w, x) for w in weights)
-  n_experts, rows = gate_proj.shape[0], expert_ids.size
-  size = row_alignment(rows, n_experts, implementation=implementation)
-  slots = _assign_slots(expert_ids, n_experts, size)
+  n_experts = gate_proj.shape[0]
+  expected = expert_ids.size if rows is None else min(rows, expert_ids.size)
+  size = row_alignment(expected, n_experts, implementation=implementation)
 
-  def matmul(rows, w):
-    return grouped_matmul(
-      rows,
-      w,
-      slots.group_sizes,
-      row_alignment=size,
-      implementation=implementation,
+  def run(x, gates, slots):
+    def matmul(rows, w):
+      return grouped_matmul(
+        rows,
+        w,
+        slots.group_sizes,
+        row_alignment=size,
+        implementation=implementation,
+      )
+
+    rows = _dispatch(x, slots)
+    gate = matmul(rows, gate_proj).astype(x.dtype)
+    up = matmul(rows, up_proj).astype(x.dtype)
+    y = matmul(nn.silu(gate) * up, down_proj)
+    return _combine(y, gates, slots)
+
+  if rows is None:
+    slots = _assign_slots(expert_ids, n_experts, size, size)
+    return run(x, gates, slots).astype(x.dtype)
+  bound = -(-(2 * expected + n_experts * (size - 1)) // size) * size
+  slots = _assign_slots(expert_ids, n_experts, size, bound)
+  used = slots.group_sizes.sum()
+
+  def further(total, start):
+    part = jax.checkpoint(
+      lambda x, gates: run(x, gates, slots.part(start, bound))
     )
+    more = jax.lax.cond(
+      used > start, part, lambda x, gates: jnp.zeros_like(total), x, gates
+    )
+    return total + more, None
 
-  rows = _dispatch(x, slots)
-  gate = matmul(rows, gate_proj).astype(x.dtype)
-  up = matmul(rows, up_proj).astype(x.dtype)
-  y = matmul(nn.silu(gate) * up, down_proj)
-  return _combine(y, gates, slots).astype(x.dtype)
+  total = run(x, gates, slots.part(jnp.int32(0), bound))
+  passes = slots.token.shape[0] // bound
+  if passes > 1:
+    starts = bound * jnp.arange(1, passes, dtype=jnp.int32)
+    total, _ = jax.lax.scan(further, total, starts)
+  return total.astype(x.dtype)
 
 
 def routed_experts_dense(x, gates, expert_ids, weights):
@@ -286,17 +374,20 @@ def routed_experts(
   weights: tuple[jax.Array, jax.Array, jax.Array],
   *,
   implementation: str | None = None,
+  rows: int | None = None,
 ) -> jax.Array:
   """sum_i g_i E_i(x) over the chosen experts; V3 eq. 12. None is dropped.
 
   Args:
     x: [N, D].
     gates: float32 [N, K].
-    expert_ids: int32 [N, K].
+    expert_ids: int32 [N, K]; E for a choice of an expert that is elsewhere.
     weights: gate_proj [E, D, F], up_proj [E, D, F], down_proj [E, F, D].
     implementation: "dense", a form of `grouped_matmul`, or None: dense on the
       CPU where there are so few tokens that sorting and padding would cost as
       much, else grouped.
+    rows: choices expected to be here, where many are elsewhere; see
+      `routed_experts_grouped`.
 
   Returns:
     [N, D] in the dtype of `x`.
@@ -307,7 +398,9 @@ def routed_experts(
       implementation = "dense"
   if implementation == "dense":
     return routed_experts_dense(x, gates, expert_ids, weights)
-  return routed_experts_grouped(x, gates, expert_ids, weights, implementation)
+  return routed_experts_grouped(
+    x, gates, expert_ids, weights, implementation, rows
+  )
 
 
 # Where the two forms cost the same forward on 2 CPU cores, at 8 to 64 experts
@@ -320,6 +413,7 @@ class MoE(nn.Module):
   """Router, routed experts and the ungated shared expert; V3 eq. 12."""
 
   cfg: ModelConfig
+  shard: Whole = WHOLE
 
   @nn.compact
   def __call__(self, x, segment_ids, replayed=None):
@@ -330,27 +424,31 @@ class MoE(nn.Module):
       segment_ids: int32 [B, T]; 0 leaves a token out of the statistics.
       replayed: int32 [B, T, K], the experts to use, or None to choose.
     """
-    c = self.cfg
-    init, dtype = normal_init(c), jnp.dtype(c.param_dtype)
+    c, shard = self.cfg, self.shard
+    init = normal_init(c)
     d, e, f = c.hidden_size, c.n_routed_experts, c.moe_intermediate_size
-    router = self.param("router", init, (d, e), dtype)
+    router = parameter(self, "router", init, (d, e))
     expert_bias = self.variable(
       "router", "expert_bias", jnp.zeros, (e,), jnp.float32
     )
     weights = (
-      self.param("gate_proj", init, (e, d, f), dtype),
-      self.param("up_proj", init, (e, d, f), dtype),
-      self.param("down_proj", init, (e, f, d), dtype),
+      parameter(self, "gate_proj", init, (e, d, f)),
+      parameter(self, "up_proj", init, (e, d, f)),
+      parameter(self, "down_proj", init, (e, f, d)),
     )
     # The gate is float32 whatever the model's dtype (sheet 2.4).
     logits = linear(x.astype(jnp.float32), router)
     expert_ids, gates, scores = route(logits, expert_bias.value, c, replayed)
     k = c.num_experts_per_tok
-    out = routed_experts(
-      x.reshape(-1, d), gates.reshape(-1, k), expert_ids.reshape(-1, k), weights
-    ).reshape(x.shape)
+    out, dropped = self._experts(
+      shard.enter_tensor(x).reshape(-1, d),
+      shard.enter_tensor(gates).reshape(-1, k),
+      expert_ids.reshape(-1, k),
+      weights,
+    )
+    out = shard.leave_tensor(out).reshape(x.shape)
     if c.n_shared_experts:
-      out += SwiGLU(c, width=c.n_shared_experts * f, name="shared")(x)
+      out += SwiGLU(c, c.n_shared_experts * f, shard, name="shared")(x)
     mask = segment_ids != 0
     chosen = count_experts(expert_ids, e) * mask[..., None]
     flips = jnp.zeros_like(mask)
@@ -360,7 +458,25 @@ class MoE(nn.Module):
     routing = Routing(
       expert_ids=expert_ids,
       expert_load=chosen.sum(axis=(0, 1)),
-      balance_loss=sequence_balance_loss(scores, mask, k),
+      balance_loss=sequence_balance_loss(scores, mask, k, shard.sum_row)
+      / shard.context,
       flips=flips,
+      dropped=dropped,
     )
     return out, routing
+
+  def _experts(self, x, gates, expert_ids, weights):
+    """[n, D] of the routed experts, wherever they are, and what was dropped."""
+    exchange = self.shard.exchange
+    if not exchange.levels:
+      return routed_experts(x, gates, expert_ids, weights), jnp.float32(0)
+    chunk = min(exchange.chunk or x.shape[0], x.shape[0])
+
+    def run(rows, row_gates, local_ids):
+      return routed_experts(
+        rows, row_gates, local_ids, weights, rows=chunk * gates.shape[1]
+      )
+
+    return exchanged(
+      exchange, run, x, gates, expert_ids, self.cfg.n_routed_experts
+    )

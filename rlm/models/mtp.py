@@ -6,7 +6,8 @@ from flax import linen as nn
 
 from rlm.models.block import Block
 from rlm.models.config import ModelConfig
-from rlm.models.layers import RMSNorm, linear, normal_init
+from rlm.models.layers import RMSNorm, linear, normal_init, parameter
+from rlm.parallel.shard import WHOLE, Whole
 
 
 class MTPModule(nn.Module):
@@ -19,6 +20,7 @@ class MTPModule(nn.Module):
   """
 
   cfg: ModelConfig
+  shard: Whole = WHOLE
 
   @nn.compact
   def __call__(
@@ -39,8 +41,7 @@ class MTPModule(nn.Module):
     """
     c = self.cfg
     shape = (2 * c.hidden_size, c.hidden_size)
-    dtype = jnp.dtype(c.param_dtype)
-    proj = self.param("proj", normal_init(c), shape, dtype)
+    proj = parameter(self, "proj", normal_init(c), shape)
     joined = jnp.concatenate(
       [
         RMSNorm(c, name="embedding_norm")(embedded),
@@ -49,7 +50,7 @@ class MTPModule(nn.Module):
       axis=-1,
     )
     x = linear(joined, proj)
-    block = Block(c, routed=not c.is_dense, name="block")
+    block = Block(c, not c.is_dense, self.shard, name="block")
     x, (_, routing) = block(x, rotations, positions, segment_ids, None, counted)
     return RMSNorm(c, name="norm")(x), routing
 

@@ -17,10 +17,11 @@ from rlm.kernels.product import einsum
 from rlm.models.block import Block
 from rlm.models.cache import TokenCache
 from rlm.models.config import ModelConfig
-from rlm.models.layers import Embedding, RMSNorm, normal_init
+from rlm.models.layers import Embedding, RMSNorm, normal_init, parameter
 from rlm.models.moe import Routing, update_expert_bias
 from rlm.models.mtp import MTPModule, next_inputs, reads_own_segment
 from rlm.models.rope import rope_rotations
+from rlm.parallel.shard import WHOLE, Whole
 
 Variables = Any  # Flax's {"params": tree, "router": tree}
 
@@ -43,24 +44,48 @@ class Transformer(nn.Module):
 
   Variables: `params`, and `router` with the expert biases, float32 [L, E],
   which no gradient touches.
+
+  Attributes:
+    cfg: sizes.
+    shard: where the model is one device's part of a larger one, inside a
+      shard_map (`rlm.parallel.shard`): its rows, tokens and heads, pieces of
+      its matrices, some of its experts.
   """
 
   cfg: ModelConfig
+  shard: Whole = WHOLE
 
   def setup(self):
-    c = self.cfg
-    self.embed = Embedding(c)
+    c, shard = self.cfg, self.shard
+    self.embed = Embedding(c, shard)
     if c.first_k_dense_replace:
-      self.dense_layers = Block(c, routed=False)
+      self.dense_layers = self._of_whole_matrices(Block)(c, False, shard)
     if c.num_moe_layers:
-      self.moe_layers = Block(c, routed=True)
+      self.moe_layers = self._of_whole_matrices(Block)(c, True, shard)
     self.final_norm = RMSNorm(c)
     if not c.tie_word_embeddings:
       shape = (c.hidden_size, c.vocab_size)
-      dtype = jnp.dtype(c.param_dtype)
-      self.head = self.param("head", normal_init(c), shape, dtype)
+      self.head = parameter(self, "head", normal_init(c), shape)
     if c.num_nextn_predict_layers:
-      self.mtp_modules = MTPModule(c)
+      self.mtp_modules = self._of_whole_matrices(MTPModule)(c, shard)
+
+  def _of_whole_matrices(self, module):
+    """The module's class, whose matrices are made whole where it is called.
+
+    That is inside a scan's body and inside what is recomputed, so that one
+    layer's matrices are whole at a time.
+    """
+    if not self.shard.gathers:
+      return module
+    return nn.map_variables(
+      module,
+      "params",
+      trans_in_fn=lambda collection: {
+        name: self.shard.matrices(tree, self.cfg.dtype)
+        for name, tree in collection.items()
+      },
+      methods=["__call__", "decode"] if module is Block else ["__call__"],
+    )
 
   def _scan(self, body, module, length, carry, xs, *, unroll=False):
     """Runs `body` over a stack of `length` layers; xs and ys lead with it."""
@@ -222,8 +247,9 @@ class Transformer(nn.Module):
       return hidden, (hidden, routing)
 
     # Outside the scan: what a lifted body closes over cannot make parameters.
-    embedded = self.embed(next_inputs(tokens, depth))
-    counted = reads_own_segment(segment_ids, depth)
+    own, whole = self.shard.own_tokens, self.shard.whole_rows
+    embedded = self.embed(own(next_inputs(whole(tokens), depth), 2))
+    counted = own(reads_own_segment(whole(segment_ids), depth), 2)
     _, (states, routing) = self._scan(
       body, self.mtp_modules, depth, hidden, (embedded, counted)
     )
@@ -302,6 +328,7 @@ def _no_routing(cfg: ModelConfig, x: jax.Array) -> Routing:
     expert_load=jnp.zeros((0, experts), jnp.float32),
     balance_loss=jnp.zeros((0, b), jnp.float32),
     flips=jnp.zeros((0, b, t), bool),
+    dropped=jnp.zeros((0,), jnp.float32),
   )
 
 

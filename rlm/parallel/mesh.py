@@ -1,27 +1,69 @@
-"""The devices that share a batch of rows."""
+"""The devices of a `MeshConfig` as a jax mesh."""
+
+import collections
+from collections.abc import Sequence
+from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
+from rlm.parallel.config import AXES, MeshConfig
 
-def data_mesh(devices: int, key: str) -> Mesh:
-  """A mesh of jax's first `devices` devices, axis "data".
+
+def make_mesh(
+  cfg: MeshConfig, key: str, devices: Sequence[Any] | None = None
+) -> Mesh:
+  """The mesh of a config, over the first devices that it needs.
+
+  Neighbours on an axis are neighbours in the machine where jax knows how;
+  `data` runs between slices.
 
   Args:
-    devices: how many.
+    cfg: sizes of the axes.
     key: of the config that asks for them, for the message.
+    devices: to use; None is jax's.
 
   Raises:
-    ValueError: there are not so many; the message says how to get them.
+    ValueError: there are fewer devices, several slices or processes that
+      the axes do not divide into; the message says which sizes would do.
   """
-  there = jax.devices()
-  if devices > len(there):
+  there = list(jax.devices() if devices is None else devices)
+  if cfg.devices > len(there):
     kind = there[0].platform
-    more = f", or JAX_NUM_CPU_DEVICES={devices} before jax starts"
+    more = f", or JAX_NUM_CPU_DEVICES={cfg.devices} before jax starts"
     raise ValueError(
-      f"{key}={devices}, but jax has {len(there)} devices ({kind}). Set it to"
-      f" at most {len(there)}{more if kind == 'cpu' else ''}."
+      f"{key} needs {_product(cfg)} = {cfg.devices} devices, but jax has"
+      f" {len(there)} ({kind}). Make the product at most {len(there)}"
+      f"{more if kind == 'cpu' else ''}."
     )
-  return jax.make_mesh(
-    (devices,), ("data",), axis_types=(AxisType.Auto,), devices=there[:devices]
+  processes = {device.process_index for device in there}
+  if len(processes) > 1 and cfg.devices != len(there):
+    raise ValueError(
+      f"{key} uses {_product(cfg)} = {cfg.devices} of the {len(there)} devices"
+      f" of {len(processes)} processes, which leaves some without work. Make"
+      f" the product {len(there)}."
+    )
+  shape = tuple(cfg.sizes.values())
+  types = (AxisType.Auto,) * len(AXES)
+  slices = collections.Counter(
+    getattr(device, "slice_index", 0) or 0 for device in there
   )
+  if len(slices) > 1:
+    if cfg.data % len(slices):
+      raise ValueError(
+        f"{key}.data={cfg.data} is no multiple of the {len(slices)} slices,"
+        " between which only replicas are worth their traffic. Make it one."
+      )
+    within = (cfg.data // len(slices), *shape[1:])
+    between = (len(slices),) + (1,) * (len(AXES) - 1)
+    grid = mesh_utils.create_hybrid_device_mesh(within, between, there)
+    return Mesh(np.asarray(grid), AXES, axis_types=types)
+  return jax.make_mesh(
+    shape, AXES, axis_types=types, devices=there[: cfg.devices]
+  )
+
+
+def _product(cfg: MeshConfig) -> str:
+  return " x ".join(f"{axis}={size}" for axis, size in cfg.sizes.items())

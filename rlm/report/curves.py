@@ -292,7 +292,7 @@ def charts(
     reference = [] if panel.reference is None else [panel.reference]
     if panel.text_entropies:
       reference += [(value, label) for label, value in references.items()]
-    drawn.append(_draw(panel, lines, reference, steps))
+    drawn.append(draw(panel, lines, reference, steps))
   return drawn
 
 
@@ -310,12 +310,13 @@ def _matches(
   return found
 
 
-def _draw(
+def draw(
   panel: Panel,
   lines: list[tuple[str, Series]],
   references: list[tuple[float, str]],
   steps: np.ndarray,
 ) -> Chart:
+  """One panel's chart: labelled lines over steps, and levels to compare."""
   figure, axes = svg.make_axes()
   colours = (
     [svg.COLOURS[f"line{i + 1}"] for i in range(len(lines))]
@@ -407,4 +408,4 @@ def expert_balance(records: list[Record]) -> Chart | None:
       lines.append((f"MoE layer {layer + 1}", column))
   if not lines:
     return None
-  return _draw(panel, lines, [(1.0, "even")], steps)
+  return draw(panel, lines, [(1.0, "even")], steps)

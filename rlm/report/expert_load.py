@@ -1,4 +1,8 @@
-"""Who did the work: the share of tokens each expert got, over steps."""
+"""Who did the work: the share of tokens each expert got, over steps.
+
+Beside it, from runs that logged them (`rlm.models.balance`), how far from even
+the load was and where the expert bias that evens it stood.
+"""
 
 import itertools
 
@@ -6,9 +10,9 @@ import numpy as np
 from markupsafe import Markup
 
 from rlm.report import svg
-from rlm.report.curves import Chart
+from rlm.report.curves import Chart, Panel, draw
 from rlm.report.run_folder import Record
-from rlm.report.series import nested
+from rlm.report.series import Series, nested
 
 _COLUMNS = 120
 _LAYERS = 8
@@ -51,9 +55,6 @@ def heatmaps(records: list[Record]) -> list[Chart]:
       [loads[a:b].mean(axis=0) for a, b in itertools.pairwise(edges)]
     )  # [columns, layers, experts]
   n_layers, n_experts = columns.shape[1:]
-  shown = np.unique(
-    np.linspace(0, n_layers - 1, min(n_layers, _LAYERS)).astype(int)
-  )
   return [
     Chart(
       f"MoE layer {layer + 1}",
@@ -65,9 +66,82 @@ def heatmaps(records: list[Record]) -> list[Chart]:
       ),
       [],
     )
-    for layer in shown
+    for layer in _shown(n_layers)
     if n_experts
   ]
+
+
+def balance_charts(records: list[Record]) -> list[Chart]:
+  """MaxVio and the expert bias over steps; none that was not logged.
+
+  A bias that is 0 throughout (a router without one) has no chart.
+  """
+  drawn = []
+  steps, violation = nested(records, "expert_load/max_violation")
+  if violation.ndim == 2 and violation.size:
+    panel = Panel(
+      "Load violation",
+      "MaxVio of a step's batch: how far the busiest expert is above the mean,"
+      " over the mean. 0 is perfect balance.",
+      (),
+      limits=(0, None),
+    )
+    columns = {
+      "worst layer": violation.max(axis=1),
+      "mean of layers": violation.mean(axis=1),
+    }
+    drawn += _chart(panel, steps, columns)
+  steps, highest = nested(records, "expert_bias/highest")
+  _, lowest = nested(records, "expert_bias/lowest")
+  _, mean = nested(records, "expert_bias/mean")
+  same = highest.ndim == 2 and highest.shape == lowest.shape == mean.shape
+  if same and (highest.any() or lowest.any()):
+    panel = Panel(
+      "Expert bias",
+      "What is added to the router's scores, 0 to 1, before it chooses: over"
+      " all experts of all layers.",
+      (),
+      smoothed=False,
+    )
+    columns = {
+      "highest": highest.max(axis=1, initial=-np.inf),
+      "mean": mean.mean(axis=1),
+      "lowest": lowest.min(axis=1, initial=np.inf),
+    }
+    drawn += _chart(panel, steps, columns)
+  steps, spread = nested(records, "expert_bias/std")
+  if spread.ndim == 2 and np.nan_to_num(spread).any():
+    panel = Panel(
+      "Spread of the bias",
+      "Standard deviation over a layer's experts: what the bias decides, since"
+      " a constant on all of them changes no choice.",
+      (),
+      limits=(0, None),
+      smoothed=False,
+    )
+    shown = _shown(spread.shape[1])
+    columns = {f"MoE layer {i + 1}": spread[:, i] for i in shown}
+    drawn += _chart(panel, steps, columns)
+  return drawn
+
+
+def _chart(
+  panel: Panel, steps: np.ndarray, columns: dict[str, np.ndarray]
+) -> list[Chart]:
+  """The panel with its columns where they are finite; [] if nowhere."""
+  lines = []
+  for label, values in columns.items():
+    finite = np.isfinite(values)
+    if finite.any():
+      lines.append((label, Series(steps[finite], values[finite])))
+  return [draw(panel, lines, [], steps)] if lines else []
+
+
+def _shown(n_layers: int) -> np.ndarray:
+  """Of many layers, those drawn: eight at most, evenly chosen."""
+  return np.unique(
+    np.linspace(0, n_layers - 1, min(n_layers, _LAYERS)).astype(int)
+  )
 
 
 def _heatmap(ratio: np.ndarray, steps: np.ndarray, label: str) -> Markup:

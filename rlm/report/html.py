@@ -24,7 +24,7 @@ from rlm.report.accuracy import (
 )
 from rlm.report.cost import costs
 from rlm.report.curves import Chart, charts, expert_balance, text_entropies
-from rlm.report.expert_load import heatmaps
+from rlm.report.expert_load import balance_charts, heatmaps
 from rlm.report.findings import findings
 from rlm.report.heldout_text import heldout_text
 from rlm.report.lineage import (
@@ -207,7 +207,7 @@ def _expert_charts(run: Run, stage: Stage) -> list[Chart]:
   balance = expert_balance(stage.metrics)
   drawn = [] if balance is None else [balance]
   if stage.name in _unfolded(run) or not run.is_recipe:
-    drawn = heatmaps(stage.metrics) + drawn
+    drawn = heatmaps(stage.metrics) + drawn + balance_charts(stage.metrics)
   return drawn
 
 

@@ -50,6 +50,7 @@ def make_diagnostics(
   def _overlap(variables, hidden, drafts):
     """float32 [B, T] of sum_v min(p, q); a row at a time, as [T, V] is big."""
     head = head_kernel(variables, cfg)[:, : cfg.n_vocab_used]
+    head = model.shard.matrices({"head": head}, cfg.dtype)["head"]
 
     def probs(states):
       logits = einsum("TD,DV->TV", states, head.astype(states.dtype))
@@ -67,6 +68,7 @@ def make_diagnostics(
     total, count = jax.lax.map(
       lambda microbatch: one(variables, microbatch), arrays
     )
-    return {"mtp_acceptance": total.sum() / jnp.maximum(count.sum(), 1.0)}
+    total, count = (model.shard.sum_tokens(x.sum()) for x in (total, count))
+    return {"mtp_acceptance": total / jnp.maximum(count, 1.0)}
 
   return diagnostics

@@ -5,9 +5,12 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec as P
 
-from rlm.models.transformer import Transformer
+from rlm.models.layout import Layout
 from rlm.optim.schedule import Schedule
+from rlm.parallel.config import ROWS
+from rlm.parallel.sharding import batch_specs, state_specs
 from rlm.rl.config import SelectionConfig
 from rlm.rl.diagnostics import make_diagnostics
 from rlm.rl.loss import make_logprobs, make_rl_loss, sampler_metrics
@@ -22,7 +25,8 @@ class Learner:
   """The compiled parts of an update, each of one shape.
 
   Args:
-    model: the Transformer.
+    layout: the model on the mesh of the updates; no `context`, since a token's
+      log-prob stands beside the token after it.
     objective: a row of the table.
     selection: sizes of minibatches and microbatches.
     tx: optimizer at unit learning rate; see `rlm.rl.loss.freeze`.
@@ -35,7 +39,7 @@ class Learner:
 
   def __init__(
     self,
-    model: Transformer,
+    layout: Layout,
     objective: Objective,
     selection: SelectionConfig,
     *,
@@ -46,6 +50,12 @@ class Learner:
     bias_update_rate: float,
     skip_nonfinite: bool,
   ):
+    if layout.cfg.context > 1:
+      raise ValueError(
+        f"mesh.context={layout.cfg.context}: RL scores each token beside the"
+        " one before it, and rows are not divided. Set it to 1 and fsdp higher."
+      )
+    model = layout.model
     self._objective, self._selection = objective, selection
     self._schedule = schedule
     self._bias_update_rate = np.float32(bias_update_rate)
@@ -61,14 +71,29 @@ class Learner:
         num_microbatches=selection.num_microbatches,
         ema_decay=None,
         skip_nonfinite=skip_nonfinite,
+        layout=layout,
       ),
       donate_argnums=0,
     )
-    self._logprobs = jax.jit(
-      make_logprobs(model, temperature=temperature, replay_routes=replay_routes)
+
+    def divided(f, out_spec):
+      def on_devices(variables, batch):
+        specs = (state_specs(variables), batch_specs(batch, leading=1))
+        return layout.map(f, specs, out_spec)(variables, batch)
+
+      return jax.jit(on_devices)
+
+    by_row = P(None, ROWS)
+    self._logprobs = divided(
+      make_logprobs(
+        model, temperature=temperature, replay_routes=replay_routes
+      ),
+      by_row,
     )
     self._sampler_metrics = jax.jit(sampler_metrics)
-    self._diagnose = jax.jit(make_diagnostics(model, temperature=temperature))
+    self._diagnose = divided(
+      make_diagnostics(model, temperature=temperature), P()
+    )
 
   def _split(self, batch: Minibatch) -> Minibatch:
     return split_microbatches(

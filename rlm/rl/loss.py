@@ -57,6 +57,7 @@ def completion_logprobs(
     n_vocab_used=cfg.n_vocab_used,
     temperature=temperature,
     chunk=cfg.logits_chunk,
+    shard=model.shard,
   )
   rows = tokens.shape[0]
 

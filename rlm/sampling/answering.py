@@ -27,6 +27,7 @@ from rlm.data.prompts import Prompts, load_prompts
 from rlm.models.config import ModelConfig
 from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler, bucket_length
 
@@ -244,7 +245,7 @@ class Answerer:
       sampling,
       slots=slots,
       prompt_length=prompt_length,
-      devices=1,
+      mesh=replicas(1),
       eos_token=None,
       pad_token=0,  # fed to ended rows, and seen nowhere
       steps_per_call=steps_per_call,

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from rlm.models.transformer import Transformer
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler, bucket_length, request_keys
 
@@ -96,7 +97,7 @@ def generate(
     ),
     slots=_slots(len(prompts), devices),
     prompt_length=room,
-    devices=devices,
+    mesh=replicas(devices),
     eos_token=None,
     pad_token=0,
   )

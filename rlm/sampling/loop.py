@@ -162,19 +162,21 @@ def decode_tokens(
   # Once a call and not once a step, since XLA leaves what does not change in
   # a loop where it finds it. Ids not in use are cut off.
   head = head_kernel(variables, c)[:, : c.n_vocab_used].astype(c.dtype)
+  head = model.shard.matrices({"head": head}, c.dtype)["head"]
   layers = split_layers(variables)
   uniforms = jax.vmap(request_uniforms, in_axes=(None, 0))(
     slots.key_data,
     slots.index[None] + jnp.arange(buffer_steps, dtype=jnp.int32)[:, None],
   )
 
-  def goes_on(carry):
-    slots, drawn = carry
+  def goes_on(slots, drawn):
     enough = slots.live.sum(dtype=jnp.int32) >= min_live
-    return (drawn.steps < max_steps) & enough & drawn.finite
+    going = (drawn.steps < max_steps) & enough & drawn.finite
+    # Devices that need each other's weights or experts stop together.
+    return model.shard.any_device(going)
 
   def step(carry):
-    slots, drawn = carry
+    slots, drawn, _ = carry
     live = slots.live
     logits = next_token_logits(slots.hidden, head)
     finite = jnp.isfinite(logits).all(axis=1) | ~live
@@ -189,22 +191,21 @@ def decode_tokens(
     index = slots.index + live
     stopped = (tokens[:, None] == stops[None]).any(axis=1)
     i = drawn.steps
-    return (
-      Slots(
-        cache=cache.replace(lengths=lengths),
-        hidden=hidden[:, 0],
-        key_data=slots.key_data,
-        index=index,
-        live=live & ~stopped & (index < max_new_tokens),
-      ),
-      Drawn(
-        tokens=drawn.tokens.at[i].set(tokens),
-        logprobs=drawn.logprobs.at[i].set(logprobs),
-        expert_ids=drawn.expert_ids.at[i].set(expert_ids[:, :, 0]),
-        steps=i + 1,
-        finite=finite.all(),
-      ),
+    slots = Slots(
+      cache=cache.replace(lengths=lengths),
+      hidden=hidden[:, 0],
+      key_data=slots.key_data,
+      index=index,
+      live=live & ~stopped & (index < max_new_tokens),
     )
+    drawn = Drawn(
+      tokens=drawn.tokens.at[i].set(tokens),
+      logprobs=drawn.logprobs.at[i].set(logprobs),
+      expert_ids=drawn.expert_ids.at[i].set(expert_ids[:, :, 0]),
+      steps=i + 1,
+      finite=drawn.finite & finite.all(),
+    )
+    return slots, drawn, goes_on(slots, drawn)
 
   routes = (buffer_steps, c.num_moe_layers, batch, c.num_experts_per_tok)
   drawn = Drawn(
@@ -214,4 +215,6 @@ def decode_tokens(
     steps=jnp.int32(0),
     finite=jnp.bool_(True),
   )
-  return jax.lax.while_loop(goes_on, step, (slots, drawn))
+  start = (slots, drawn, goes_on(slots, drawn))
+  slots, drawn, _ = jax.lax.while_loop(lambda carry: carry[2], step, start)
+  return slots, drawn

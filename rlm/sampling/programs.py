@@ -1,9 +1,10 @@
 """The sampler's compiled programs, with the slots divided among devices.
 
-Each device holds its share of the slots and runs the decode loop over them by
-itself, waiting for no other; only prefilled prompts are handed round. A small
+Each device holds its share of the slots and runs the decode loop over them.
+Replicas wait for no other; only prefilled prompts are handed round. A small
 model's step is a chain of small operations, of which a CPU runs one at a time:
-two of its cores then serve as two devices (CHANGELOG.md has figures).
+two of its cores then serve as two devices (CHANGELOG.md has figures). Devices
+that divide the weights or experts among them decode in step.
 """
 
 import functools
@@ -12,10 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlm.models.transformer import Transformer
+from rlm.models.cache import TokenCache
+from rlm.models.layout import Layout
+from rlm.parallel.config import ROWS
+from rlm.parallel.sharding import shardings, state_specs
 from rlm.sampling import loop
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.draw import argmax_tokens, draw_tokens
@@ -42,9 +45,8 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def make_programs(
-  model: Transformer,
+  layout: Layout,
   sampling: SamplingConfig,
-  mesh: Mesh,
   *,
   capacity: int,
   steps_per_call: int,
@@ -57,18 +59,27 @@ def make_programs(
   tracing them again would take longer than many an evaluation's decoding.
 
   Args:
-    model: the Transformer.
+    layout: the model on its mesh.
     sampling: how to draw.
-    mesh: of `rlm.parallel.mesh.data_mesh`.
     capacity: tokens that a slot has room for, prompt included.
     steps_per_call: decode steps of a call at most.
     stop_tokens: ids that end a completion.
     pad_token: id that fills rows after their end.
   """
-  divide = functools.partial(jax.shard_map, mesh=mesh, check_vma=False)
-  rows: Any = P("data")  # the leading axis of all that Slots holds
-  columns: Any = P(None, "data")
-  routes: Any = P(None, None, "data")
+  model, shard = layout.model, layout.shard
+  everywhere: Any = P()
+  rows: Any = P(ROWS)  # the leading axis of all that Slots holds
+  columns: Any = P(None, ROWS)
+  routes: Any = P(None, None, ROWS)
+  # Keys and values of heads that are divided are cached where their heads are.
+  width = None if model.cfg.has_latent_attention else "tensor"
+  rows_of_layers: Any = P(ROWS, width)
+  layers: Any = P(None, width)
+  held = TokenCache(rows_of_layers, rows)
+  slots_specs = loop.Slots(held, rows, rows, rows, rows)
+  whole_rows = loop.Prefilled(
+    TokenCache(layers, everywhere), everywhere, everywhere
+  )
 
   def start(slots):
     return loop.empty_slots(model, slots, capacity)
@@ -76,11 +87,10 @@ def make_programs(
   def prefill(variables, tokens, lengths):
     """Each device runs its share of the prompts and receives the others'."""
     mine = loop.prefill(model, variables, tokens, lengths, capacity)
-    gather = functools.partial(jax.lax.all_gather, axis_name="data", tiled=True)
     return loop.Prefilled(
-      cache=jax.tree.map(gather, mine.cache),
-      hidden=gather(mine.hidden),
-      expert_ids=gather(mine.expert_ids, axis=1),
+      cache=jax.tree.map(lambda x: shard.gather_rows(x, 0), mine.cache),
+      hidden=shard.gather_rows(mine.hidden, 0),
+      expert_ids=shard.gather_rows(mine.expert_ids, 1),
     )
 
   def decode(variables, slots, max_steps, min_live):
@@ -100,22 +110,31 @@ def make_programs(
     drawn = drawn._replace(steps=drawn.steps[None], finite=drawn.finite[None])
     return slots, drawn
 
-  divided_prefill = divide(prefill, in_specs=(P(), rows, rows), out_specs=P())
-  divided_admit = divide(
-    loop.admit, in_specs=(rows, P(), rows, rows), out_specs=rows
-  )
-  divided_decode = divide(
-    decode,
-    in_specs=(P(), rows, P(), P()),
-    out_specs=(rows, loop.Drawn(columns, columns, routes, rows, rows)),
-  )
+  def divided_prefill(variables, tokens, lengths):
+    specs = (state_specs(variables), rows, rows)
+    return layout.map(prefill, specs, whole_rows)(variables, tokens, lengths)
+
+  def divided_decode(variables, slots, max_steps, min_live):
+    drawn = loop.Drawn(columns, columns, routes, rows, rows)
+    return layout.map(
+      decode,
+      (state_specs(variables), slots_specs, P(), P()),
+      (slots_specs, drawn),
+    )(variables, slots, max_steps, min_live)
+
   # Said for the outputs too, or one device would call its slots undivided,
   # which is another compilation.
-  kept = NamedSharding(mesh, rows)
+  kept = shardings(layout.mesh, slots_specs)
   return Programs(
     start=jax.jit(start, static_argnums=0, out_shardings=kept),
     prefill=jax.jit(divided_prefill),
-    admit=jax.jit(divided_admit, donate_argnums=0, out_shardings=kept),
+    admit=jax.jit(
+      layout.map(
+        loop.admit, (slots_specs, whole_rows, rows, rows), slots_specs
+      ),
+      donate_argnums=0,
+      out_shardings=kept,
+    ),
     decode=jax.jit(
       divided_decode, donate_argnums=1, out_shardings=(kept, None)
     ),

@@ -1,7 +1,7 @@
 """Batched generation: fixed slots, filled from a queue of requests.
 
   sampler = Sampler(
-    model, sampling, slots=64, prompt_length=32, devices=1,
+    model, sampling, slots=64, prompt_length=32, mesh=replicas(1),
     eos_token=eos, pad_token=pad
   )
   completions = sampler.generate(variables, prompts, keys)
@@ -25,10 +25,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
+from rlm.models.layout import make_layout
 from rlm.models.transformer import Transformer
-from rlm.parallel.mesh import data_mesh
+from rlm.parallel.config import MeshConfig
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.programs import make_programs
 
@@ -83,7 +83,7 @@ class Sampler:
     slots: B, rows decoded together.
     prompt_length: P, room for prompts; each value is a compilation of its own,
       so round it up (`bucket_length`).
-    devices: how many of jax's devices share the slots; divides them.
+    mesh: the devices that share the slots, `row_shards` of which divide them.
     eos_token: id that ends a completion.
     pad_token: id that fills rows after their end.
     steps_per_call: decode steps after which the device returns at the latest;
@@ -91,7 +91,8 @@ class Sampler:
       changes what is drawn.
 
   Raises:
-    ValueError: sizes that do not fit the model's context or vocabulary.
+    ValueError: sizes that do not fit the model's context or vocabulary, or a
+      mesh that fits neither the model nor the devices.
   """
 
   def __init__(
@@ -101,7 +102,7 @@ class Sampler:
     *,
     slots: int,
     prompt_length: int,
-    devices: int,
+    mesh: MeshConfig,
     eos_token: int | None,
     pad_token: int,
     steps_per_call: int | None = None,
@@ -111,10 +112,16 @@ class Sampler:
       raise ValueError(
         f"{slots=} and {prompt_length=} must both be at least 1."
       )
-    if devices < 1 or slots % devices:
+    if slots % mesh.row_shards:
       raise ValueError(
-        f"{slots=} cannot be divided among {devices} devices. Make slots a"
-        " multiple of sampling_devices, which must be at least 1."
+        f"{slots=} cannot be divided among the {mesh.row_shards} parts of"
+        f" sampling_mesh (data={mesh.data} x fsdp={mesh.fsdp} x expert="
+        f"{mesh.expert}). Make slots a multiple of them."
+      )
+    if mesh.context > 1:
+      raise ValueError(
+        f"sampling_mesh.context={mesh.context}: decoding adds one token to a"
+        " row, which cannot be divided. Set it to 1."
       )
     if steps_per_call is not None and steps_per_call < 1:
       raise ValueError(f"{steps_per_call=} must be at least 1.")
@@ -150,13 +157,13 @@ class Sampler:
     )
     # One shape whatever the number of prompts, so that a prompt's bits do not
     # depend on how many came with it.
-    self.share = slots // devices  # of one device
-    self.prefill_rows = devices * max(min(self.share, 16), self.share // 16)
-    self.mesh = data_mesh(devices, "sampling_devices")
+    shards = mesh.row_shards
+    self.share = slots // shards  # of one device
+    self.prefill_rows = shards * max(min(self.share, 16), self.share // 16)
+    self.layout = make_layout(model, mesh, "sampling_mesh")
     self.programs = make_programs(
-      model,
+      self.layout,
       sampling,
-      self.mesh,
       capacity=self.capacity,
       steps_per_call=self.steps_per_call,
       stop_tokens=self.stop_tokens,
@@ -244,9 +251,7 @@ class _Queue:
     s, c = sampler, sampler.model.cfg
     n, longest = len(prompts), s.sampling.max_new_tokens
     self._sampler = sampler
-    self._variables = jax.device_put(
-      variables, NamedSharding(s.mesh, PartitionSpec())
-    )
+    self._variables = jax.device_put(variables, s.layout.shardings(variables))
     self._key_data = key_data
     # Request -> row among the distinct prompts, in order of first use.
     self._distinct = list(dict.fromkeys(prompts))
@@ -297,7 +302,7 @@ class _Queue:
   def _fill(self):
     """Gives free slots to waiting requests, block of prompts by block."""
     s = self._sampler
-    share = s.slots // s.mesh.size
+    share = s.share
     free = np.flatnonzero(self._slot_request < 0)
     # One of each device in turn, so that few requests keep all of them busy.
     free = free[np.lexsort((free // share, free % share))]

@@ -65,7 +65,9 @@ def get_config():
   c.sampling = dict(
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=34, stop_tokens=()
   )
-  c.slots, c.sampling_devices, c.prompt_length = 32, 2, 16
+  c.slots, c.prompt_length = 32, 16
+  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
+  c.sampling_mesh = dict(c.mesh, data=2)
   c.replay_routes = True
   c.objective = dict(
     name="grpo",

@@ -14,6 +14,7 @@ from experiments import launch, sample, sample_run
 from rlm.checkpoint.manager import CheckpointManager
 from rlm.data.r1_chat import R1Chat
 from rlm.data.tokenizer import ByteTokenizer
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
 from rlm.tasks.registry import make_task
@@ -218,7 +219,7 @@ def test_one_prompt_is_answered_and_checked(recipe, monkeypatch, capsys):
     sampling,
     slots=1,
     prompt_length=32,
-    devices=1,
+    mesh=replicas(1),
     eos_token=257,
     pad_token=258,
   )

@@ -18,6 +18,7 @@ from rlm.models.layers import RMSNorm
 from rlm.models.published_config import read_published_config
 from rlm.models.rope import rope_rotations
 from rlm.models.transformer import Transformer, head_kernel
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler, request_keys
 from tests.models import reference
@@ -117,7 +118,7 @@ class Ours:
         sampling,
         slots=2,
         prompt_length=max(cases.PROMPT_LENGTHS),
-        devices=1,
+        mesh=replicas(1),
         eos_token=eos_token,
         pad_token=0,
       )

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 
 from rlm.models.cache import TokenCache, write_entry
 from rlm.sampling import loop
+from rlm.parallel.config import replicas
+from rlm.parallel.shard import WHOLE
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
 
@@ -43,7 +45,18 @@ class Reckoner:
     tie_word_embeddings=False,
     max_position_embeddings=64,
     attention_chunk=0,
+    has_latent_attention=True,
+    is_dense=False,
+    topk_method="greedy",
+    n_routed_experts=2,
+    num_attention_heads=1,
   )
+  shard = WHOLE
+
+  def clone(self, shard):
+    made = Reckoner()
+    made.shard = shard
+    return made
 
   def apply(self, variables, tokens, *args, method):
     if method == "prefill":
@@ -86,7 +99,7 @@ def make_sampler(slots, steps_per_call=None, temperature=1.0, devices=1):
     ),
     slots=slots,
     prompt_length=PROMPT,
-    devices=devices,
+    mesh=replicas(devices),
     eos_token=EOS,
     pad_token=PAD,
     steps_per_call=steps_per_call,

@@ -5,6 +5,7 @@ import functools
 import jax
 import numpy as np
 
+from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
 from tests.tiny_model import tiny_model
@@ -37,7 +38,7 @@ def make_sampler(
     sampling_config(**changes),
     slots=slots,
     prompt_length=prompt_length,
-    devices=devices,
+    mesh=replicas(devices),
     eos_token=EOS,
     pad_token=PAD,
     steps_per_call=steps_per_call,
