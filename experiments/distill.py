@@ -53,4 +53,4 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-  launch.main(run, __doc__)
+  launch.main(run, __doc__, several_processes=True)

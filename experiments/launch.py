@@ -5,6 +5,10 @@ and imports what needs jax inside `run`, so that --help and every mistake in the
 flags are answered within a second.  Exit codes: 0 done, or stopped on request
 and saved; 1 the run failed; 2 a mistake in the command or its config; 130 a
 second Ctrl-C.
+
+The same command on several hosts makes one run where SLURM, Open MPI, a TPU or
+Kubernetes started it; elsewhere three flags join the processes, see
+docs/scaling.md.
 """
 
 import ast
@@ -14,6 +18,7 @@ import os
 import pathlib
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +27,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from rlm import config as config_lib
-from rlm import files, stopping
+from rlm import files, processes, stopping
 from rlm.parallel.config import AXES
 
 _HELP = ("-h", "-help", "--help", "--helpshort", "--helpfull")
@@ -51,7 +56,11 @@ class _UsageError(Exception):
 
 
 def main(
-  run: Callable[[Any, str], Any], doc: str | None, argv: list[str] | None = None
+  run: Callable[[Any, str], Any],
+  doc: str | None,
+  argv: list[str] | None = None,
+  *,
+  several_processes: bool = False,
 ) -> None:
   """Runs an experiment with --config, --config.key=value and --workdir.
 
@@ -59,6 +68,7 @@ def main(
     run: the experiment, `run(config, workdir)`.
     doc: its module's docstring, the text of --help.
     argv: the command; None is sys.argv.
+    several_processes: whether several may share the run.
   """
   if argv is None and not _wants_help(sys.argv):
     use_huge_pages()
@@ -70,15 +80,7 @@ def main(
     "Folder of the run; the same command continues it.",
     flag_values=values,
   )
-  if _wants_help(argv):
-    flags.DEFINE_string(
-      "config",
-      None,
-      "Config file; --config.key=value changes one of its keys.",
-      flag_values=values,
-    )
-    command(lambda values: None, doc, values, argv)
-    return
+  _define_processes(values)
 
   def body(values):
     if not values.workdir:
@@ -86,18 +88,13 @@ def main(
         "--workdir is missing: name the folder of this run, such as"
         " --workdir=runs/first."
       )
+    plan = _plan_processes(values, several_processes)
     keep_compiled(values.workdir)
-    offer_cpu_devices(values.config)
+    offer_cpu_devices(values.config, plan.processes or 1)
+    processes.join(plan)
     run(values.config, values.workdir)
 
-  def configured():
-    config, rest = _split_config(argv)
-    config_flags.DEFINE_config_dict(
-      "config", config, "", flag_values=values, sys_argv=rest
-    )
-    command(body, doc, values, rest)
-
-  _guard(configured, argv)
+  configured_command(body, doc, values, argv)
 
 
 def keep_compiled(workdir: str) -> None:
@@ -110,7 +107,7 @@ def keep_compiled(workdir: str) -> None:
   os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
-def offer_cpu_devices(config: Any) -> None:
+def offer_cpu_devices(config: Any, num_processes: int = 1) -> None:
   """Lets the CPU be at least as many devices as `config` asks for.
 
   Call before jax is imported.  Nothing happens where XLA's flag says how many.
@@ -118,11 +115,12 @@ def offer_cpu_devices(config: Any) -> None:
   Args:
     config: of a run; `mesh` and `sampling_mesh` are looked for in all its
       sections.
+    num_processes: that share the meshes.
   """
   if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
     return
   there = os.environ.get("JAX_NUM_CPU_DEVICES", "1")
-  wanted = [_mesh_size(mesh) for mesh in _meshes(config)]
+  wanted = [_mesh_size(mesh) // num_processes for mesh in _meshes(config)]
   if there.isdecimal() and max(wanted, default=1) > int(there):
     os.environ["JAX_NUM_CPU_DEVICES"] = str(max(wanted))
 
@@ -147,14 +145,87 @@ def use_huge_pages() -> None:
 
 
 def check_one_process() -> None:
-  """Raises ValueError where several processes would train on equal rows."""
+  """Raises ValueError where several processes would do the same work."""
   import jax
 
   if jax.process_count() > 1:
-    raise ValueError(
-      f"this run has {jax.process_count()} processes, but training does not"
-      " divide its batches among several yet. Start one process."
+    raise ValueError(_one_process_only(jax.process_count()))
+
+
+def _one_process_only(found: int) -> str:
+  return (
+    f"this run has {found} processes, but this experiment does not divide its"
+    " work among several; pretraining, SFT and distillation do. Start one."
+  )
+
+
+def _define_processes(values: flags.FlagValues) -> None:
+  flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of process 0, where no cluster tells jax of the processes.",
+    flag_values=values,
+  )
+  flags.DEFINE_integer(
+    "num_processes", None, "How many share the run.", flag_values=values
+  )
+  flags.DEFINE_integer(
+    "process_id",
+    None,
+    "Of this process, 0 to num_processes - 1.",
+    flag_values=values,
+  )
+
+
+def _plan_processes(
+  values: flags.FlagValues, several_processes: bool
+) -> processes.Plan:
+  """How the run's processes find each other, from the flags or a cluster."""
+  try:
+    plan = processes.make_plan(
+      values.coordinator_address, values.num_processes, values.process_id
     )
+  except ValueError as error:
+    raise _UsageError(str(error)) from error
+  if several_processes:
+    return plan
+  if plan.processes is not None and plan.processes > 1:
+    raise _UsageError(_one_process_only(plan.processes))
+  return processes.Plan()  # its own check looks at what jax finds
+
+
+def configured_command(
+  body: Callable[[flags.FlagValues], Any],
+  doc: str | None,
+  values: flags.FlagValues,
+  argv: list[str],
+) -> None:
+  """As `command`, with --config=FILE and --config.key=value.
+
+  Args:
+    body: the command; finds the config in `values.config`.
+    doc: the text of --help.
+    values: the other flags it defines.
+    argv: the command.
+  """
+  if _wants_help(argv):
+    flags.DEFINE_string(
+      "config",
+      None,
+      "Config file; --config.key=value changes one of its keys.",
+      flag_values=values,
+    )
+    command(lambda values: None, doc, values, argv)
+    return
+
+  def configured():
+    config, rest = _split_config(argv)
+    config_flags.DEFINE_config_dict(
+      "config", config, "", flag_values=values, sys_argv=rest
+    )
+    command(body, doc, values, rest)
+
+  _guard(configured, argv)
 
 
 def command(
@@ -202,16 +273,37 @@ def command(
 def _guard(body: Callable[[], Any], argv: list[str]) -> None:
   """Runs `body`; turns what a user can act on into a message and a code."""
   try:
+    message, code = _run_to_message(body, argv)
+  except BaseException as error:  # which nobody foresaw
+    if processes.joined():
+      traceback.print_exc()
+      reason = "".join(traceback.format_exception_only(error)).strip()
+      processes.abandon(reason, 1)
+    raise
+  if not code:
+    processes.part()
+    return
+  print(message, file=sys.stderr)
+  if processes.joined():
+    processes.abandon(message, code)
+  sys.exit(code)
+
+
+def _run_to_message(
+  body: Callable[[], Any], argv: list[str]
+) -> tuple[str, int]:
+  """Runs `body`: an error that a user can act on, or "", and the exit code."""
+  try:
     body()
   except stopping.Stopped as stopped:
-    print(stopped, flush=True)
+    if not processes.joined() or processes.is_primary():
+      print(stopped, flush=True)
   except KeyboardInterrupt:
-    print(
+    return (
       "interrupted at once: the same command continues from the last"
       " checkpoint.",
-      file=sys.stderr,
+      130,
     )
-    sys.exit(130)
   except (_UsageError, ValueError, OSError, FloatingPointError) as error:
     if _wants_traceback(argv):
       raise
@@ -220,11 +312,12 @@ def _guard(body: Callable[[], Any], argv: list[str]) -> None:
       error, (files.DiskFullError, FloatingPointError)
     ):
       raise  # an OSError or such that nobody foresaw
-    message = error.strerror if isinstance(error, OSError) else str(error)
-    print(f"error: {message}", file=sys.stderr)
+    text = error.strerror if isinstance(error, OSError) else str(error)
+    message = f"error: {text}"
     if not isinstance(error, _UsageError):
-      print("(--verbosity=debug shows where.)", file=sys.stderr)
-    sys.exit(2 if mistake else 1)
+      message += "\n(--verbosity=debug shows where.)"
+    return message, 2 if mistake else 1
+  return "", 0
 
 
 def _wants_help(argv: list[str]) -> bool:

@@ -8,155 +8,19 @@ metrics.jsonl (held-out bits per byte among them), timing.jsonl, checkpoints and
 summary.json; the same command continues it.
 """
 
-import dataclasses
 import pathlib
-from typing import Any, Literal
+from typing import Any
 
 from experiments import launch
 from experiments.from_checkpoint import fill_model
+from experiments.pretrain_config import Config
+from rlm import processes
 from rlm.config import build
 from rlm.data.chat import Chat
 from rlm.data.chat_formats import load_model_chat
-from rlm.data.sources import DataConfig, MessagesSource, check_sources
-from rlm.models.config import ModelConfig
-from rlm.optim.config import OptimizerConfig, ScheduleConfig
-from rlm.parallel.config import MeshConfig
+from rlm.data.sources import MessagesSource, check_sources
 from rlm.tasks.base import Task
 from rlm.tasks.registry import make_task
-
-
-@dataclasses.dataclass(frozen=True)
-class BatchConfig:
-  """Rows of a step, and how they grow; V3 section 4.2.
-
-  Attributes:
-    rows: rows of a full batch.
-    first_rows: rows of the first step; `rows` for no ramp.
-    ramp_steps: steps until the batch is full; 0 for no ramp.
-    microbatch_rows: rows whose activations are held at once; divides both.
-  """
-
-  rows: int
-  first_rows: int
-  ramp_steps: int
-  microbatch_rows: int
-
-  def __post_init__(self):
-    sizes = (self.rows, self.first_rows)
-    if (
-      self.microbatch_rows < 1
-      or any(size < 1 or size % self.microbatch_rows for size in sizes)
-      or self.first_rows > self.rows
-    ):
-      raise ValueError(
-        f"first_rows={self.first_rows} and rows={self.rows} must be multiples"
-        f" of microbatch_rows={self.microbatch_rows}, and the first not more"
-        " than the second."
-      )
-
-
-@dataclasses.dataclass(frozen=True)
-class EvalConfig:
-  """What is measured on held-out rows.
-
-  Attributes:
-    every_steps: period; 0 measures after the last step only.
-    batch_rows: rows scored at once.
-    use_ema: whether to score the averaged weights.
-    task: whose worked problems are scored, a key of the config's tasks; None
-      for none.
-    levels: their difficulties.
-    problems_per_level: how many of each.
-  """
-
-  every_steps: int
-  batch_rows: int
-  use_ema: bool
-  task: str | None
-  levels: tuple[int, ...]
-  problems_per_level: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-  """Everything that a run of this experiment depends on.
-
-  Attributes:
-    stage: name of the run on the console and in its summary.
-    seed: of the weights, the data's order and its problems.
-    steps: steps in all.
-    init_from: folder of the run whose newest weights to start from; None
-      starts from random ones.
-    model: the model's sizes.
-    tokenizer: "bytes", or a folder with a tokenizer.json.
-    tasks: name -> section of a task, for sources of kind "task".
-    data: what is trained on.
-    batch: rows of a step.
-    mesh: the devices, and what is divided among them.
-    mtp_weight: lambda of V3 eq. 25, a number or a schedule.
-    balance_weight: alpha of V3 eq. 17.
-    bias_update_rate: gamma of V3 section 2.1.2, a number or a schedule.
-    optimizer: AdamW or Muon.
-    schedule: the learning rate.
-    ema_decay: of the averaged weights; None for none.
-    eval: what is measured.
-    checkpoint_every_steps: period; the last step is always saved.
-    keep_checkpoints: how many of the newest stay.
-    on_nonfinite: "stop" with the batch saved, or "skip" the update.
-    peak_flops: of the device, for MFU; None measures a matrix product.
-  """
-
-  stage: str
-  seed: int
-  steps: int
-  init_from: str | None
-  model: ModelConfig
-  tokenizer: str
-  tasks: dict[str, Any]
-  data: DataConfig
-  batch: BatchConfig
-  mesh: MeshConfig
-  mtp_weight: float | ScheduleConfig
-  balance_weight: float
-  bias_update_rate: float | ScheduleConfig
-  optimizer: OptimizerConfig
-  schedule: ScheduleConfig
-  ema_decay: float | None
-  eval: EvalConfig
-  checkpoint_every_steps: int
-  keep_checkpoints: int
-  on_nonfinite: Literal["stop", "skip"]
-  peak_flops: float | None
-
-  def __post_init__(self):
-    if self.steps < 1:
-      raise ValueError(f"steps={self.steps} must be at least 1.")
-    if self.data.row_length > self.model.max_position_embeddings:
-      raise ValueError(
-        f"data.row_length={self.data.row_length} exceeds"
-        f" model.max_position_embeddings={self.model.max_position_embeddings}."
-        " Shorten the rows or widen the context."
-      )
-    for name, rows in (
-      ("batch.microbatch_rows", self.batch.microbatch_rows),
-      ("eval.batch_rows", self.eval.batch_rows),
-    ):
-      self.mesh.check_rows("mesh", name, rows)
-    if self.data.row_length % self.mesh.context:
-      raise ValueError(
-        f"mesh.context={self.mesh.context} does not divide data.row_length="
-        f"{self.data.row_length}. Make it a divisor."
-      )
-    if self.eval.use_ema and self.ema_decay is None:
-      raise ValueError(
-        "eval.use_ema needs averaged weights: set ema_decay, such as 0.99."
-      )
-    if self.eval.task is not None and self.eval.task not in self.tasks:
-      raise ValueError(
-        f"eval.task={self.eval.task!r} is not among the tasks"
-        f" {', '.join(self.tasks) or '(none)'}."
-      )
-
 
 # A run may go on with other values of these, as they change no result; of
 # `init_from` and of messages the place may change, not the content.
@@ -164,16 +28,18 @@ MAY_CHANGE = (
   "init_from",
   "checkpoint_every_steps",
   "keep_checkpoints",
+  "keep_best",
   "on_nonfinite",  # equal while every step is finite
   "peak_flops",
 )
 
 
-def make_training(cfg: Config):
+def make_training(cfg: Config, devices: Any = None):
   """What a run computes, apart from data and files.
 
   Args:
     cfg: the run's config.
+    devices: to lay it on; None is jax's.
 
   Returns:
     layout: the Transformer on its mesh.
@@ -188,7 +54,7 @@ def make_training(cfg: Config):
   from rlm.optim.optimizer import make_optimizer
   from rlm.train import init_state, make_train_step
 
-  layout = make_layout(Transformer(cfg.model), cfg.mesh, "mesh")
+  layout = make_layout(Transformer(cfg.model), cfg.mesh, "mesh", devices)
   tx = make_optimizer(cfg.optimizer)
   loss_fn = make_pretrain_loss(
     layout.model,
@@ -298,12 +164,12 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   from rlm.jsonl import read_jsonl
   from rlm.metrics import MetricsWriter, is_due
   from rlm.optim.schedule import batch_rows
+  from rlm.parallel.rows import own_rows, place_rows
   from rlm.progress import Progress
   from rlm.stopping import Stopped, catch_signals
   from rlm.train import split_microbatches
   from rlm.workdir import open_workdir
 
-  launch.check_one_process()
   chat, tasks = prepare(cfg)
   messages = (
     f"data.sources.{name}.path"
@@ -316,7 +182,10 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     return folder.summary
 
   # --- Data: the batch of every step, and what is held out. ------------------
+  layout, start_state, step_fn = make_training(cfg)
   b = cfg.batch
+  microbatches = b.rows // b.microbatch_rows
+  own = own_rows(layout.mesh, b.microbatch_rows)
   row_counts = [
     batch_rows(
       step,
@@ -327,11 +196,17 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     )
     for step in range(cfg.steps)
   ]
-  one_process = dict(process_index=0, process_count=1)
   stream = pipeline.make_stream(cfg.data, chat, seed=cfg.seed, tasks=tasks)
   folder.record_input("data", stream.record)
   batches = pipeline.make_batches(
-    stream, batch_size=b.rows, row_counts=row_counts, **one_process
+    stream,
+    batch_size=b.rows,
+    row_counts=row_counts,
+    positions=[
+      first + row
+      for first in range(0, b.rows, b.microbatch_rows)
+      for row in own.tolist()
+    ],
   )
   heldout = pipeline.load_heldout(
     cfg.data,
@@ -339,7 +214,6 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     seed=cfg.seed,
     tasks=tasks,
     batch_size=cfg.eval.batch_rows,
-    **one_process,
   )
   worked = None
   if cfg.eval.task is not None:
@@ -353,8 +227,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
       row_length=cfg.data.row_length,
     )
 
-  # --- Model, and what is measured of it. ------------------------------------
-  layout, start_state, step_fn = make_training(cfg)
+  # --- The step, and what is measured of it. ---------------------------------
   step_fn = jax.jit(step_fn, donate_argnums=0)
   rates = make_rates(cfg)
   score_rows = heldout_lib.make_score_rows(layout)
@@ -390,6 +263,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     CheckpointManager(
       folder.path / "checkpoints",
       keep=cfg.keep_checkpoints,
+      keep_best=cfg.keep_best,
       config=folder.identity,
     ) as manager,
     catch_signals() as stop,
@@ -413,39 +287,42 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
     ):
       for step in range(start, cfg.steps):
         rows = next(batch_of_step)
+        live = row_counts[step] // b.microbatch_rows * len(own)
         batch = split_microbatches(
-          {name: x[: row_counts[step]] for name, x in rows.items()},
-          microbatch_rows=b.microbatch_rows,
-          num_microbatches=b.rows // b.microbatch_rows,
+          {name: x[:live] for name, x in rows.items()},
+          microbatch_rows=len(own),
+          num_microbatches=microbatches,
+        )
+        batch = place_rows(
+          layout.mesh, batch, own, rows=b.microbatch_rows, leading=1
         )
         batch |= rates(step)
         state, metrics = step_fn(state, batch, jax.random.fold_in(key, step))
-        tokens = int((rows["segment_ids"] > 0).sum())
         log.push(
           step,
           metrics,
-          tokens=tokens,
+          tokens=metrics["tokens"],
           ledger=ledger.record,
           batch=batch,
         )
         bar.update(step + 1, **log.figures("loss", "grad_norm"))
-        last = step + 1 == cfg.steps
+        last, stopping = step + 1 == cfg.steps, stop.after(step)
         if is_due(step, cfg.eval.every_steps) or last:
           with log.paused():
             log.push(step, evaluate(state))
-        if is_due(step, cfg.checkpoint_every_steps) or last or stop.requested:
+        if is_due(step, cfg.checkpoint_every_steps) or last or stopping:
           with log.paused():
             log.flush()  # finite, or it raises: a bad step is never saved
-            manager.save(step + 1, state)
-        if stop.requested and not last:
+            manager.save(step + 1, state, metrics=log.record)
+        if stopping and not last:
           raise Stopped(cfg.stage, step + 1)
       seconds = log.total_seconds
 
-  records = read_jsonl(folder.path / "metrics.jsonl")
-  tokens = sum(record["tokens"] for record in records)
-  counts = flops.count_parameters(cfg.model)
-  return folder.finish(
-    {
+  def summarize():
+    records = read_jsonl(folder.path / "metrics.jsonl")
+    tokens = sum(record["tokens"] for record in records)
+    counts = flops.count_parameters(cfg.model)
+    summary = {
       "stage": cfg.stage,
       "steps": cfg.steps,
       "seconds": seconds,
@@ -468,8 +345,13 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
         if name.endswith("/worked_accuracy")
       },
     }
-  )
+    if cfg.keep_best is not None and manager.best is not None:
+      step, value = manager.best
+      summary["best"] = {"checkpoint": step, cfg.keep_best.metric: value}
+    return folder.finish(summary)
+
+  return processes.on_primary(summarize)
 
 
 if __name__ == "__main__":
-  launch.main(run, __doc__)
+  launch.main(run, __doc__, several_processes=True)

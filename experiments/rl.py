@@ -21,6 +21,7 @@ from typing import Any, Literal
 from experiments import launch
 from experiments.evaluate import make_sampler
 from experiments.from_checkpoint import fill_model
+from rlm.checkpoint.config import KeepBest
 from rlm.config import build
 from rlm.data.chat import Chat
 from rlm.data.chat_formats import load_model_chat
@@ -72,6 +73,7 @@ class Config:
     traces_per_step: how many of them, each of another prompt.
     checkpoint_every_steps: steps between checkpoints.
     keep_checkpoints: the newest so many are kept.
+    keep_best: which one stays beside them, by what metric; None for none.
     on_nonfinite: "stop" (and save the batch) or "skip" the update.
   """
 
@@ -104,6 +106,7 @@ class Config:
   traces_per_step: int
   checkpoint_every_steps: int
   keep_checkpoints: int
+  keep_best: KeepBest | None
   on_nonfinite: Literal["stop", "skip"]
 
   def __post_init__(self):
@@ -127,6 +130,7 @@ MAY_CHANGE = (
   "init_from",
   "checkpoint_every_steps",
   "keep_checkpoints",
+  "keep_best",
   "on_nonfinite",  # equal while every step is finite
 )
 
@@ -141,9 +145,13 @@ def prepare(cfg: Config) -> tuple[Task, Any, Chat, Any]:
     ValueError: what the config asks for cannot be had, does not fit, or could
       never be rewarded.
   """
+  from rlm.models.layout import check_model_fits
+  from rlm.parallel.mesh import make_mesh
   from rlm.rewards.registry import Scorer
 
   check_sampling(cfg.sampling)
+  check_model_fits(cfg.model, cfg.mesh, "mesh")
+  make_mesh(cfg.mesh, "mesh")  # or it raises
   task = make_task(cfg.task)
   levels = cfg.curriculum.levels
   task.check_levels(levels, "config.curriculum.levels")
@@ -250,6 +258,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     CheckpointManager(
       folder.path / "checkpoints",
       keep=cfg.keep_checkpoints,
+      keep_best=cfg.keep_best,
       config=folder.identity,
     ) as manager,
     catch_signals() as stop,
@@ -377,8 +386,8 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
                 rollout.finished[row],
               )
             )
-        last = step + 1 == cfg.steps
-        if is_due(step, cfg.checkpoint_every_steps) or last or stop.requested:
+        last, stopping = step + 1 == cfg.steps, stop.after(step)
+        if is_due(step, cfg.checkpoint_every_steps) or last or stopping:
           with log.paused():
             log.flush()  # finite, or it raises: a bad step is never saved
             traces.flush()
@@ -386,8 +395,9 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
               step + 1,
               RLState.of(policy, reference),
               {"curriculum": curriculum},
+              metrics=log.record,
             )
-        if stop.requested and not last:
+        if stopping and not last:
           raise Stopped(cfg.stage, step + 1)
       seconds = log.total_seconds
 

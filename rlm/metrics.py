@@ -5,7 +5,7 @@
       state, metrics = step_fn(state, batch, jax.random.fold_in(key, step))
       log.push(step, metrics, tokens=tokens_per_step, batch=batch)
       bar.update(step + 1, **log.figures("loss"))
-      if is_due(step, checkpoint_every_steps) or stop.requested:
+      if is_due(step, checkpoint_every_steps) or stop.after(step):
         with log.paused():
           log.flush()  # on the disk and finite: a bad step is never saved
           manager.save(step + 1, state, {"data": batches.get_state()})
@@ -24,8 +24,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
-from rlm import files, jsonl
+from rlm import files, jsonl, processes
 from rlm.events import EventsWriter
 
 
@@ -62,7 +63,7 @@ class MetricsWriter:
   A value is a jax or numpy array (a scalar becomes a number, [L] a list, [L, E]
   nested lists), a Python number, or None: not measured at this step.  Several
   `push`es of one step make one record.  On several processes all convert and
-  check, process 0 writes.
+  check, process 0 writes: values are the same on all.
   """
 
   def __init__(self, folder: files.Path, *, next_step: int, on_nonfinite: str):
@@ -88,7 +89,7 @@ class MetricsWriter:
     self._next_step = next_step
     self._pending: _Record | None = None
     self._latest: dict[str, Any] = {}
-    self._primary = jax.process_index() == 0
+    self._primary = processes.is_primary()
     self._seconds_before = 0.0
     if self._primary:
       timing_path = self.folder / "timing.jsonl"
@@ -111,7 +112,7 @@ class MetricsWriter:
     step: int,
     metrics: dict[str, Any],
     *,
-    tokens: int | None = None,
+    tokens: Any = None,
     ledger: Callable[[float, float], dict[str, float]] | None = None,
     timing: dict[str, float] | None = None,
     batch: Any = None,
@@ -121,7 +122,7 @@ class MetricsWriter:
     Args:
       step: the step they belong to, counted from 0.
       metrics: name -> value, on the device or not; never donated later.
-      tokens: tokens of the step, on the host, for tokens per second.
+      tokens: tokens of the step, on the device or not, for tokens per second.
       ledger: (tokens, seconds) -> what they cost, such as
         `rlm.cost.RunLedger.record`; needs `tokens`.
       timing: further figures for timing.jsonl; names end in their unit.
@@ -157,11 +158,8 @@ class MetricsWriter:
       )
     self._pending.metrics.update(metrics)
     self._pending.timing.update(timing or {})
-    seconds = max(self._pending.timing["seconds"], 1e-9)
     if tokens is not None:
-      self._pending.timing["tokens_per_second"] = tokens / seconds
-      if ledger is not None:
-        self._pending.timing.update(ledger(tokens, seconds))
+      self._pending.tokens, self._pending.ledger = tokens, ledger
     if batch is not None:
       self._pending.batch = batch
 
@@ -179,6 +177,11 @@ class MetricsWriter:
       for name in names
       if isinstance(self._latest.get(name), (int, float))
     }
+
+  @property
+  def record(self) -> dict[str, Any]:
+    """Values of the last written record; after `flush`, of the last step."""
+    return self._latest
 
   def flush(self) -> None:
     """Writes everything pushed, and returns when it is on the disk.
@@ -237,6 +240,7 @@ class MetricsWriter:
     self._latest = files.to_json(values)
     if not self._primary:
       return
+    record.count_tokens()
     names = sorted(self._latest)
     self._metrics.write(
       {"step": record.step, **{name: self._latest[name] for name in names}}
@@ -257,8 +261,10 @@ class MetricsWriter:
       return
     metric = bad[0] if bad else "nonfinite"
     path = self.folder / f"nonfinite_step_{record.step:06d}.npz"
-    if record.batch is not None and self._primary:
-      _save_batch(path, record.batch)
+    if record.batch is not None:
+      batch = _whole(record.batch)  # by all, since each has a part
+      if self._primary:
+        _save_batch(path, batch)
     self._pending = None  # the step after a bad one is never written
     raise NonFiniteError(
       record.step,
@@ -283,7 +289,19 @@ class _Record:
     self.step = step
     self.timing = timing
     self.metrics: dict[str, Any] = {}
+    self.tokens: Any = None
+    self.ledger: Callable[[float, float], dict[str, float]] | None = None
     self.batch: Any = None
+
+  def count_tokens(self) -> None:
+    """Adds to `timing` what follows from tokens and seconds."""
+    if self.tokens is None:
+      return
+    seconds = max(self.timing["seconds"], 1e-9)
+    tokens = float(self.tokens)
+    self.timing["tokens_per_second"] = tokens / seconds
+    if self.ledger is not None:
+      self.timing.update(self.ledger(tokens, seconds))
 
 
 def _to_host(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -297,6 +315,17 @@ def _to_host(metrics: dict[str, Any]) -> dict[str, Any]:
       array = array.astype(np.float32)
     arrays[name] = array
   return arrays
+
+
+def _whole(batch: Any) -> Any:
+  """A batch as numpy arrays, where several processes hold it as well."""
+
+  def gather(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
+
+  return jax.tree.map(gather, batch)
 
 
 def _save_batch(path: pathlib.Path, batch: Any) -> None:

@@ -11,11 +11,15 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from rlm import processes
+
 _WINDOW = 50  # updates over which the pace is measured
 
 
 class Progress:
   """One stage's bar, its pace and a few current figures.
+
+  Of several processes the primary alone shows it.
 
   with Progress(console, "pretrain", total=600, done=start) as bar:
     bar.update(step + 1, loss=2.31)
@@ -44,6 +48,8 @@ class Progress:
       every_secs: seconds between plain lines, where there is no terminal.
       clock: seconds, for tests.
     """
+    if not processes.is_primary():
+      console = rich.console.Console(quiet=True)
     self.console = console or rich.console.Console()
     self.title = title
     self.total = total

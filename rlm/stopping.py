@@ -3,11 +3,14 @@
   with catch_signals() as stop:
     for step in ...:
       ...
-      if stop.requested:
+      if stop.after(step):
         save()
         raise Stopped("pretrain", step + 1)
 
 `experiments/launch.py` turns `Stopped` into a message and exit code 0.
+
+Several processes stop after the same step, whichever of them got the signal:
+there SIGTERM is left to jax's preemption service, which agrees on the step.
 """
 
 import contextlib
@@ -15,6 +18,8 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+
+from rlm import processes
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -40,11 +45,24 @@ class Stop:
   """Whether this process was asked to stop.
 
   Attributes:
-    requested: True once a signal came.
+    requested: True once this process got a signal; in a loop over steps, which
+      several processes may share, ask `after`.
   """
 
   def __init__(self):
     self.requested = False
+
+  def after(self, step: int) -> bool:
+    """Whether to save and stop after this step: the same on all processes.
+
+    Args:
+      step: ask once for each, in order.
+    """
+    if not processes.joined():
+      return self.requested
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.reached_preemption_sync_point(step)
 
   def _handle(self, signum: int, frame: object) -> None:
     if self.requested and signum == signal.SIGINT:
@@ -56,6 +74,8 @@ class Stop:
       f"\n{signal.Signals(signum).name}: stopping after this step"
       " (Ctrl-C again: at once, back to the last checkpoint)\n".encode(),
     )
+    if processes.joined() and signum == signal.SIGINT:
+      os.kill(os.getpid(), signal.SIGTERM)  # which jax tells the others
 
 
 _current: Stop | None = None
@@ -77,7 +97,9 @@ def catch_signals() -> Iterator[Stop]:
   stop = _current = Stop()
   before = {}
   if threading.current_thread() is threading.main_thread():
-    before = {s: signal.signal(s, stop._handle) for s in _SIGNALS}
+    # Among several processes SIGTERM is jax's, whose handler is no Python one.
+    own = (signal.SIGINT,) if processes.joined() else _SIGNALS
+    before = {s: signal.signal(s, stop._handle) for s in own}
   try:
     yield stop
   finally:

@@ -17,10 +17,12 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
+import uuid
 import warnings
 from typing import Any
 
-from rlm import files
+from rlm import files, processes
 from rlm.config import plain
 
 _PACKAGES = (
@@ -36,6 +38,7 @@ _PACKAGES = (
 )
 # What must be the same for a resumed run to repeat to the bit.
 _BIT_EXACT = ("versions", "platform", "device_kind", "devices", "threads")
+_SHARED_WITHIN_SECS = 30  # in which a network's file system shows a new file
 _CONTENTS = ("checkpoints", "metrics.jsonl", "run.json", "summary.json")
 
 
@@ -78,7 +81,7 @@ class Workdir:
     Raises:
       ValueError: the run began with another input of this name.
     """
-    if not _is_primary():
+    if not processes.is_primary():
       return
     run = files.read_json(self.path / "run.json")
     value = files.to_json(value)
@@ -101,7 +104,7 @@ class Workdir:
       The summary as a later start reads it.
     """
     summary = files.to_json(summary)
-    if _is_primary():
+    if processes.is_primary():
       files.write_json(self.path / "summary.json", summary)
     self.summary = summary
     return summary
@@ -112,6 +115,8 @@ class Workdir:
     Args:
       console: a rich console; None prints.
     """
+    if not processes.is_primary():
+      return
     text = (
       f"{self.path} is finished: its results are in summary.json. To run it"
       " again, choose another --workdir or remove this one."
@@ -133,8 +138,8 @@ def open_workdir(
 ) -> Workdir:
   """Creates a run's folder, or opens it to continue the run.
 
-  Call it once the config is checked and, on several processes, after
-  `jax.distributed.initialize`; only process 0 writes.
+  Call it once the config is checked and, on several processes, after they
+  joined, on each; only process 0 writes.
 
   Args:
     path: the folder.
@@ -146,8 +151,8 @@ def open_workdir(
     The opened folder.
 
   Raises:
-    ValueError: the folder holds another config's run, no run's files, or is
-      being used by another process.
+    ValueError: the folder holds another config's run, no run's files, is being
+      used by another process, or is not the same on all processes.
     DiskFullError: no space left.
 
   Warns:
@@ -159,12 +164,27 @@ def open_workdir(
   identity = _without(config, may_change)
   if path.exists() and not path.is_dir():
     raise ValueError(f"--workdir={path} is a file; a run needs a folder.")
-  summary_path = path / "summary.json"
-  if not _is_primary():
-    summary = files.read_json(summary_path) if summary_path.exists() else None
-    return Workdir(
-      path, config, identity, resumed=False, summary=summary, lock=None
-    )
+  if not processes.joined():
+    return _open(path, config, identity, may_change)
+  opened = (
+    _open(path, config, identity, may_change)
+    if (processes.is_primary())
+    else Workdir(path, config, identity, resumed=False, summary=None, lock=None)
+  )
+  _check_shared(path)
+  opened.resumed, opened.summary = processes.on_primary(
+    lambda: (opened.resumed, opened.summary)
+  )
+  return opened
+
+
+def _open(
+  path: pathlib.Path,
+  config: dict[str, Any],
+  identity: dict[str, Any],
+  may_change: tuple[str, ...],
+) -> Workdir:
+  """`open_workdir` for the process that writes."""
   with files.clear_disk_errors(path):
     path.mkdir(parents=True, exist_ok=True)
     lock = _lock(path)
@@ -179,6 +199,7 @@ def open_workdir(
           f"{path} holds {', '.join(found)} but no config.json, so nothing"
           " tells which run they are of. Choose another --workdir."
         )
+    summary_path = path / "summary.json"
     summary = files.read_json(summary_path) if summary_path.exists() else None
     if summary is None:
       # First: whatever else is found here belongs to this config.
@@ -190,6 +211,26 @@ def open_workdir(
   return Workdir(
     path, config, identity, resumed=resumed, summary=summary, lock=lock
   )
+
+
+def _check_shared(path: pathlib.Path) -> None:
+  """Raises ValueError where another process sees another folder."""
+  mark = path / ".shared"
+
+  def write():
+    text = uuid.uuid4().hex
+    files.write_bytes(mark, text.encode())
+    return text
+
+  text = processes.on_primary(write)
+  deadline = time.monotonic() + _SHARED_WITHIN_SECS
+  while not (mark.exists() and mark.read_text() == text):
+    if time.monotonic() > deadline:
+      raise ValueError(
+        f"--workdir={path} is another folder here than on process 0. Name one"
+        " on a file system that all processes share."
+      )
+    time.sleep(0.1)
 
 
 def differences(old: Any, new: Any, limit: int = 20) -> str:
@@ -311,12 +352,6 @@ def _lock(path: pathlib.Path) -> int:
   os.ftruncate(lock, 0)
   os.pwrite(lock, str(os.getpid()).encode(), 0)
   return lock
-
-
-def _is_primary() -> bool:
-  """Whether this process writes: process 0, also where jax was never loaded."""
-  jax = sys.modules.get("jax")
-  return jax is None or jax.process_index() == 0
 
 
 def _storable(value: Any) -> Any:

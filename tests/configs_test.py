@@ -20,7 +20,9 @@ from experiments.from_checkpoint import fill_model
 from rlm.config import build
 from rlm.data.byte_tokenizer_files import write_byte_tokenizer
 from rlm.models.config import ModelConfig
+from rlm.models.layout import check_model_fits
 from rlm.models.transformer import Transformer
+from rlm.parallel.config import MeshConfig
 from rlm.tasks.registry import make_task
 from tests.parity.cases import CONFIGS
 
@@ -129,6 +131,42 @@ def test_models_have_shapes(file, monkeypatch):
   for cfg in {s for s in sections if isinstance(s, ModelConfig)}:
     leaves = jax.tree.leaves(shapes_of(cfg)["params"])
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(cfg.param_dtype)}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_meshes_fit_what_lies_on_them(file, monkeypatch):
+  """Heads, experts, matrices and slots divide, on however many devices.
+
+  That the rows of updates do is checked where the config is built.
+  """
+  monkeypatch.chdir(ROOT)
+  for typed in typed_configs(file):
+    model = getattr(typed, "model", None)
+    for name in ("mesh", "sampling_mesh"):
+      mesh = getattr(typed, name, None)
+      assert mesh is None or isinstance(mesh, MeshConfig)
+      if mesh is not None and isinstance(model, ModelConfig):
+        check_model_fits(model, mesh, name)
+    if (mesh := getattr(typed, "sampling_mesh", None)) is not None:
+      mesh.check_rows("sampling_mesh", "slots", typed.slots)
+      assert mesh.context == 1
+
+
+def test_every_run_says_on_which_devices(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  names = {
+    file: {
+      name
+      for typed in typed_configs(file)
+      for name, section in sections_of(typed)
+      if isinstance(section, MeshConfig)
+    }
+    for file in FILES
+  }
+  assert names["configs/pretrain/laptop.py"] == {"mesh"}
+  assert names["configs/rl/laptop.py"] == {"mesh", "sampling_mesh"}
+  assert names["configs/evaluate/laptop.py"] == {"sampling_mesh"}
+  assert [file for file, found in names.items() if not found] == []
 
 
 @pytest.mark.parametrize(

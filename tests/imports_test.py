@@ -13,6 +13,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 # From the bottom up. A folder or file imports itself and the rows below it.
 # Rows that the design draws as one are split where one member uses another.
 LAYERS = (
+  {"processes"},
   {"config", "files", "hardware", "stopping"},
   {"events", "jsonl"},
   {"kernels"},
@@ -30,6 +31,7 @@ RANK = {unit: rank for rank, row in enumerate(LAYERS) for unit in row}
 # What must start within a second, or run where jax is not wanted.
 WITHOUT_JAX = (
   "rlm/__init__.py",
+  "rlm/checkpoint/config.py",
   "rlm/checkpoint/fp8.py",
   "rlm/checkpoint/tensor_files.py",
   "rlm/checkpoint/tensor_writer.py",
@@ -46,6 +48,7 @@ WITHOUT_JAX = (
   "rlm/jsonl.py",
   "rlm/parallel/config.py",
   "rlm/parallel/placement.py",
+  "rlm/processes.py",
   "rlm/stopping.py",
   "rlm/eval/pass_at_k.py",
   "rlm/progress.py",

@@ -1,5 +1,6 @@
 """A model small enough for any test, with every part of the large one."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlm.models.config import ModelConfig
+from rlm.models.layout import Layout, make_layout
 from rlm.models.transformer import Transformer
+from rlm.parallel.config import MeshConfig, replicas
 
 
 def tiny_config(**changes) -> ModelConfig:
@@ -56,6 +59,17 @@ def tiny_model(**changes):
   """(model, variables) of `tiny_config`."""
   model = Transformer(tiny_config(**changes))
   return model, tiny_variables(model)
+
+
+def mesh_of(**changes) -> MeshConfig:
+  """One device, but for the sizes and settings given."""
+  return dataclasses.replace(replicas(1), **changes)
+
+
+@functools.cache
+def lay(model, **changes) -> Layout:
+  """A model on `mesh_of(**changes)`."""
+  return make_layout(model, mesh_of(**changes), "mesh")
 
 
 def tiny_variables(model):

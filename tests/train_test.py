@@ -8,17 +8,20 @@ import optax
 import pytest
 
 from rlm import losses, train
-from rlm.parallel.mesh import data_mesh
 from tests.fast_jit import fast_jit
 from tests.losses_test import packed_batch
-from tests.tiny_model import tiny_model
+from tests.tiny_model import lay, tiny_model
 
 SGD = optax.sgd(1.0)  # the update is minus the gradient
+SCALE = np.array([1.0, -2.0, 0.5], np.float32)
 
 
 def linear_loss(variables, batch, key):
-  """Weighted mean of (x w)^2 plus noise from the key; loads from x."""
-  y = batch["x"] @ variables["params"]["w"]
+  """Weighted mean of (x scale)^2; loads from x.
+
+  The parameter has a name of the sharding table, so that it runs on a mesh.
+  """
+  y = batch["x"] @ variables["params"]["scale"]
   loss = (batch["weights"] * jnp.square(y)).sum()
   metrics = {
     "sum": batch["weights"].sum(),
@@ -42,7 +45,7 @@ def linear_batch(rows, seed=0):
 
 def linear_state(ema_decay=None, tx=SGD):
   variables = {
-    "params": {"w": jnp.array([1.0, -2.0, 0.5])},
+    "params": {"scale": jnp.array(SCALE)},
     "router": {"moe_layers": {"ffn": {"expert_bias": jnp.zeros((1, 3))}}},
   }
   return train.init_state(variables, tx, ema_decay=ema_decay)
@@ -75,11 +78,10 @@ def test_one_step_by_hand():
   state, metrics = fast_jit(linear_step(1))(
     linear_state(), split(batch, 4, 1), KEY
   )
-  w = np.array([1.0, -2.0, 0.5])
-  y = batch["x"] @ w
+  y = batch["x"] @ SCALE
   grad = (2 * batch["weights"] * y) @ batch["x"]
   np.testing.assert_allclose(
-    state.variables["params"]["w"], w - 0.1 * grad, rtol=1e-5
+    state.variables["params"]["scale"], SCALE - 0.1 * grad, rtol=1e-5
   )
   np.testing.assert_allclose(metrics["loss"], batch["weights"] @ y**2, 1e-5)
   np.testing.assert_allclose(
@@ -100,7 +102,7 @@ def test_microbatches_add_up(rows, num_microbatches):
     linear_state(), split(batch, rows, num_microbatches), KEY
   )
   chex.assert_trees_all_close(whole, pieces, rtol=1e-5, atol=1e-6)
-  y = batch["x"] @ np.array([1.0, -2.0, 0.5])
+  y = batch["x"] @ SCALE
   np.testing.assert_allclose(pieces[1]["y/max"], y.max(), rtol=1e-5)
   np.testing.assert_allclose(pieces[1]["y/min"], y.min(), rtol=1e-5)
   assert pieces[1]["count"] == 12
@@ -110,8 +112,8 @@ def test_microbatches_add_up(rows, num_microbatches):
 def test_devices_add_up(devices):
   batch = linear_batch(12)
   whole = fast_jit(linear_step(1))(linear_state(), split(batch, 12, 1), KEY)
-  mesh = data_mesh(devices, "training_devices")
-  divided = fast_jit(linear_step(2, mesh=mesh))(
+  layout = lay(tiny_model()[0], data=devices)
+  divided = fast_jit(linear_step(2, layout=layout))(
     linear_state(), split(batch, 6, 2), KEY
   )
   chex.assert_trees_all_close(whole, divided, rtol=1e-5, atol=1e-6)
@@ -151,8 +153,12 @@ MOMENTUM = optax.sgd(1.0, momentum=0.9)
 
 
 @functools.cache  # one compilation for all tests that train the tiny model
-def pretrain_step(num_microbatches, mesh=None):
+def pretrain_step(num_microbatches, devices=None):
   model, _ = tiny_model()
+  layout = None
+  if devices is not None:
+    layout = lay(model, data=devices)
+    model = layout.model
   return fast_jit(
     linear_step(
       num_microbatches,
@@ -160,7 +166,7 @@ def pretrain_step(num_microbatches, mesh=None):
         model, train_mtp=True, balance_weight=0.1
       ),
       tx=MOMENTUM,
-      mesh=mesh,
+      layout=layout,
     )
   )
 
@@ -180,7 +186,7 @@ def test_the_pretraining_loss_splits_over_unequal_rows():
   whole = pretrain_step(1)(pretrain_state(), pretrain_batch(batch, 4, 1), KEY)
   pieces = pretrain_step(4)(pretrain_state(), pretrain_batch(batch, 1, 4), KEY)
   chex.assert_trees_all_close(whole, pieces, rtol=2e-4, atol=2e-6)
-  divided = pretrain_step(2, data_mesh(2, "training_devices"))(
+  divided = pretrain_step(2, devices=2)(
     pretrain_state(), pretrain_batch(batch, 2, 2), KEY
   )
   chex.assert_trees_all_close(whole, divided, rtol=2e-4, atol=2e-6)
@@ -246,16 +252,15 @@ def test_a_nonfinite_update_changes_nothing(skip_nonfinite):
   later, metrics = step(after, good, KEY)
   assert metrics["nonfinite"] == 0
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(later))
-  assert (
-    later.variables["params"]["w"] != state.variables["params"]["w"]
-  ).any()
+  before, now = (s.variables["params"]["scale"] for s in (state, later))
+  assert (now != before).any()
 
 
 def test_a_finite_loss_with_a_nonfinite_gradient_is_skipped():
   def loss_fn(variables, batch, key):
     loss, aux = linear_loss(variables, batch, key)
     # sqrt is finite at 0, its gradient is not.
-    return loss + jnp.sqrt(variables["params"]["w"][0] - 1.0), aux
+    return loss + jnp.sqrt(variables["params"]["scale"][0] - 1.0), aux
 
   state = linear_state()
   after, metrics = fast_jit(linear_step(1, loss_fn=loss_fn))(
@@ -273,23 +278,23 @@ def test_other_rates_are_the_same_program():
     batch = split(linear_batch(2), 2, 1, rate=rate)
     state, metrics = step(linear_state(), batch, KEY)
     assert metrics["learning_rate"] == np.float32(rate)
-    moved.append(state.variables["params"]["w"] - jnp.array([1.0, -2.0, 0.5]))
+    moved.append(state.variables["params"]["scale"] - SCALE)
   assert step._cache_size() == 1
   assert (moved[0] == 0).all()
   np.testing.assert_allclose(moved[2], 2 * moved[1], rtol=1e-5, atol=1e-6)
 
 
 def test_ema_averages_the_parameters_in_float32():
-  variables = {"params": {"w": jnp.ones(3, jnp.bfloat16)}}
+  variables = {"params": {"scale": jnp.ones(3, jnp.bfloat16)}}
   state = train.init_state(variables, SGD, ema_decay=0.75)
-  assert state.ema["w"].dtype == jnp.float32
+  assert state.ema["scale"].dtype == jnp.float32
   step = fast_jit(linear_step(1, ema_decay=0.75), donate_argnums=0)
-  first = np.asarray(state.ema["w"])
+  first = np.asarray(state.ema["scale"])
   state, _ = step(state, split(linear_batch(2), 2, 1), KEY)
-  now = np.asarray(state.variables["params"]["w"], np.float32)
-  assert state.variables["params"]["w"].dtype == jnp.bfloat16
+  now = np.asarray(state.variables["params"]["scale"], np.float32)
+  assert state.variables["params"]["scale"].dtype == jnp.bfloat16
   np.testing.assert_allclose(
-    state.ema["w"], 0.75 * first + 0.25 * now, rtol=1e-6
+    state.ema["scale"], 0.75 * first + 0.25 * now, rtol=1e-6
   )
 
 
@@ -312,5 +317,5 @@ def test_the_state_is_donated():
   state = linear_state(0.5)
   step = fast_jit(linear_step(1, ema_decay=0.5), donate_argnums=0)
   step(state, split(linear_batch(2), 2, 1), KEY)
-  assert state.variables["params"]["w"].is_deleted()
-  assert state.ema["w"].is_deleted()
+  assert state.variables["params"]["scale"].is_deleted()
+  assert state.ema["scale"].is_deleted()

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
-from jax.sharding import PartitionSpec as P
 
 from rlm.kernels.mla_attention import mla_attention
 from rlm.models.cache import write_entry

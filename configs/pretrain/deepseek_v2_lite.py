@@ -111,6 +111,7 @@ def get_config():
   )
   c.checkpoint_every_steps = 500
   c.keep_checkpoints = 3
+  c.keep_best = None
   c.on_nonfinite = "stop"
   c.peak_flops = 8 * 989e12  # 8 H800, bfloat16; set your machine's
   return c

@@ -58,7 +58,7 @@ def get_config():
     num_nextn_predict_layers=1,
     dtype="bfloat16",
     param_dtype="float32",
-    remat="block",
+    remat="attention",
     unroll_layers=False,
     attention_chunk=512,
     logits_chunk=16160,  # an eighth of the vocabulary
@@ -83,7 +83,17 @@ def get_config():
   c.batch = dict(
     rows=15360, first_rows=3072, ramp_steps=12_424, microbatch_rows=512
   )
-  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
+  # 512 chips, such as v5p:8x8x8: one row each at a time. A chip of the axis
+  # `expert` holds one of V3's 8 groups of experts, so that a token's row goes
+  # to 4 chips at most, once to each.
+  c.mesh = dict(
+    data=1,
+    fsdp=64,
+    expert=8,
+    context=1,
+    tensor=1,
+    gradient_dtype="bfloat16",
+  )
   c.mtp_weight = dict(
     peak=0.3,
     phases=(
@@ -129,6 +139,7 @@ def get_config():
   )
   c.checkpoint_every_steps = 500
   c.keep_checkpoints = 3
+  c.keep_best = None
   c.on_nonfinite = "stop"
-  c.peak_flops = 2048 * 989e12  # 2048 H800, bfloat16 without sparsity
+  c.peak_flops = None  # the chip's published one
   return c

@@ -122,6 +122,7 @@ def get_config():
   )
   c.checkpoint_every_steps = 150
   c.keep_checkpoints = 2
+  c.keep_best = None
   c.on_nonfinite = "stop"
   c.peak_flops = None  # measured on this machine
   return c

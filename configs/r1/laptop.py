@@ -119,7 +119,7 @@ def get_config():
     moment_dtype="float32",
     muon=dict(momentum=0.95, ns_steps=5, update_rms=None, adam_factor=0.3),
   )
-  saving = dict(keep_checkpoints=2, on_nonfinite="stop")
+  saving = dict(keep_checkpoints=2, keep_best=None, on_nonfinite="stop")
   supervised = dict(
     init_from=None,
     batch=dict(rows=64, first_rows=64, ramp_steps=0, microbatch_rows=32),

@@ -121,5 +121,6 @@ def get_config():
   c.traces_per_step = 4
   c.checkpoint_every_steps = 20
   c.keep_checkpoints = 2
+  c.keep_best = None
   c.on_nonfinite = "stop"
   return c

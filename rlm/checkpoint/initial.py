@@ -5,13 +5,15 @@ import functools
 import pathlib
 import warnings
 import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 
-from rlm import files
+from rlm import files, processes
 from rlm.checkpoint.manager import open_variables
 from rlm.checkpoint.published import PublishedWeights
 from rlm.checkpoint.published_names import without_mtp
@@ -21,6 +23,8 @@ from rlm.models.layout import Layout
 from rlm.models.published_config import read_published_config
 from rlm.models.transformer import Transformer
 from rlm.workdir import differences
+
+_WEIGHED_BYTES = 1 << 24  # of what is widened to uint64 at once
 
 # How a model is computed, and what a later stage may change: precision, memory,
 # and the context that YaRN widens.
@@ -164,14 +168,56 @@ def shapes(model: Transformer) -> Any:
 
 
 def digest(variables: Any) -> str:
-  """CRC-32 of all arrays, to tell whether a run starts from the same ones."""
-  crc = 0
+  """A checksum of all arrays, to tell whether a run starts from the same ones.
+
+  The same wherever they lie: of each bit pattern, times a weight of its place,
+  the sum modulo 2^64.  All processes call it.
+  """
+  names, sums = [], []
   for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-    crc = zlib.crc32(jax.tree_util.keystr(path).encode(), crc)
-    # Viewed as bytes, as numpy has no buffers of bfloat16.
-    array = np.ascontiguousarray(np.asarray(leaf)).reshape(-1)
-    crc = zlib.crc32(array.view(np.uint8).data, crc)
-  return f"{crc:08x}"
+    names.append(jax.tree_util.keystr(path))
+    sums.append(sum(_weighed_parts(leaf)) % 2**64)
+  # By halves, as jax has no uint64 unless told; a sum of them cannot overflow.
+  halves = np.asarray([[n >> 32, n & (2**32 - 1)] for n in sums], np.uint32)
+  if processes.joined():
+    halves = multihost_utils.process_allgather(halves)
+  high, low = halves.reshape(-1, len(sums), 2).astype(object).sum(axis=0).T
+  totals = [int(h * 2**32 + n) % 2**64 for h, n in zip(high, low, strict=True)]
+  return f"{zlib.crc32(repr((names, totals)).encode()):08x}"
+
+
+def _weighed_parts(leaf: Any) -> Iterator[int]:
+  """The sum of each part of a leaf of which this process has the first copy."""
+  if not isinstance(leaf, jax.Array):
+    yield _weighed(np.asarray(leaf), [0] * np.ndim(leaf))
+    return
+  for shard in leaf.addressable_shards:
+    if shard.replica_id == 0:
+      yield _weighed(
+        np.asarray(shard.data), [s.start or 0 for s in shard.index]
+      )
+
+
+def _weighed(part: np.ndarray, starts: list[int]) -> int:
+  """Sum of the bit patterns of an array, each times a weight of its place."""
+  if part.ndim > 1 and part.nbytes > _WEIGHED_BYTES:
+    rows = (_weighed(row, starts[1:]) for row in part)
+    weights = _weights(part.ndim, starts[0], len(part)).tolist()
+    return sum(w * row for w, row in zip(weights, rows, strict=True)) % 2**64
+  bits = np.ascontiguousarray(part).view(f"u{part.itemsize}").astype(np.uint64)
+  sums = bits.reshape(part.shape)
+  for axis, start in enumerate(reversed(starts), 1):  # the last axis first
+    sums = sums @ _weights(axis, start, part.shape[-axis])
+  return int(sums)
+
+
+def _weights(axis: int, start: int, size: int) -> np.ndarray:
+  """Odd numbers, as if at random: the finalizer of splitmix64 of the index."""
+  x = np.arange(start + 1, start + size + 1, dtype=np.uint64)
+  x = (x + np.uint64(axis << 48)) * np.uint64(0x9E3779B97F4A7C15)
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  return (x ^ (x >> np.uint64(31))) | np.uint64(1)
 
 
 def _init(model: Transformer, key: jax.Array) -> Any:

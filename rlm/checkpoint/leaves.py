@@ -47,7 +47,8 @@ def stored(leaf: Any) -> Any:
   zero of its dtype.
   """
   data = jax.random.key_data(leaf) if is_key(leaf) else leaf
-  return data if data.size else jnp.zeros((1,), data.dtype)
+  # Of numpy, which process 0 writes: no device holds any of it.
+  return data if data.size else np.zeros((1,), data.dtype)
 
 
 def as_leaf(data: jax.Array, described: dict[str, Any]) -> jax.Array:
@@ -77,7 +78,7 @@ def target(leaf: Any) -> Any:
     which `placed` takes to the default device.
   """
   data = jax.eval_shape(stored, leaf)
-  if not _is_placed(leaf):
+  if not _is_placed(leaf) or 0 in leaf.shape:
     return np.empty(data.shape, data.dtype)
   # A typed key's data has one more axis than the key, so its own sharding.
   place = stored(leaf) if isinstance(leaf, jax.Array) else leaf
@@ -86,6 +87,8 @@ def target(leaf: Any) -> Any:
 
 def placed(data: Any, leaf: Any) -> jax.Array:
   """The template's leaf with the values read for its `target`."""
+  if _is_placed(leaf) and 0 in leaf.shape:
+    return jax.device_put(np.zeros(leaf.shape, leaf.dtype), leaf.sharding)
   if not _is_placed(leaf):
     # Uncommitted, as the template; and a copy: the device must own what a
     # donating step will reuse.

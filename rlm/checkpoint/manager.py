@@ -8,8 +8,11 @@ Everything that a bit-exact continuation needs is in one Orbax step folder:
                                  each array's path, shape and dtype
   checkpoints/600/manifest.json  every file's size and CRC-32
 
-It is written aside and appears by one rename when all of it is on the disk, so
-a kill or a power cut leaves the whole checkpoint or nothing.
+It is written aside, while the run goes on, and appears by one rename when all
+of it is on the disk, so a kill or a power cut leaves the whole checkpoint or
+nothing.  Of several processes each writes and reads what its devices hold; the
+record, the manifest and the rename are process 0's.  Any mesh and any number
+of processes reads what any other wrote.
 
 The loop that loses nothing; `Config` and the rest are the experiment's:
 
@@ -42,14 +45,17 @@ The loop that loses nothing; `Config` and the rest are the experiment's:
           state, metrics = step_fn(state, batch, step_key)
           log.push(step, metrics, batch=batch)
           bar.update(step + 1, **log.figures("loss"))
-          last = step + 1 == cfg.steps
-          if is_due(step, cfg.save_every_steps) or last or stop.requested:
+          last, stopping = step + 1 == cfg.steps, stop.after(step)
+          if is_due(step, cfg.save_every_steps) or last or stopping:
             with log.paused():
               log.flush()
               manager.save(
-                step + 1, state, {"batches": batches.get_state()}
+                step + 1,
+                state,
+                {"batches": batches.get_state()},
+                metrics=log.record,
               )
-          if stop.requested and not last:
+          if stopping and not last:
             raise Stopped("pretrain", step + 1)
         seconds = log.total_seconds
     return folder.finish({"steps": cfg.steps, "seconds": seconds})
@@ -59,10 +65,11 @@ equal to `state.step`.  A kill costs the steps since the last save: they are
 done again, and their records are dropped first.
 """
 
+import concurrent.futures
+import contextlib
 import os
 import pathlib
 import shutil
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -71,8 +78,9 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
-from rlm import files
+from rlm import files, processes
 from rlm.checkpoint import leaves, manifest
+from rlm.checkpoint.config import KeepBest
 from rlm.checkpoint.stored_arrays import (
   StoredArrays,
   chunked,
@@ -82,23 +90,32 @@ from rlm.checkpoint.stored_arrays import (
 from rlm.workdir import differences
 
 _ASIDE = ".aside-"  # prefix of folders that are no checkpoint (any more)
+_WRITTEN_WITHIN_SECS = 3600  # a slower save is an error
 _SLACK_BYTES = 16_000_000  # metrics, traces and the JSON beside the arrays
 
 
 class CheckpointManager:
   """Saves and restores the state of one run; see the module's loop.
 
-  Saving blocks until the checkpoint is on the disk.
+  A save returns when the state is copied to the host, and another thread writes
+  it; the next save, and the end of the `with` block, wait for that and raise
+  what went wrong there.  On several processes all call every method.
   """
 
   def __init__(
-    self, folder: files.Path, *, keep: int, config: dict | None = None
+    self,
+    folder: files.Path,
+    *,
+    keep: int,
+    keep_best: KeepBest | None = None,
+    config: dict | None = None,
   ):
     """Opens the folder, creating it and clearing what a kill left half done.
 
     Args:
       folder: the checkpoints' folder.
       keep: how many of the newest to keep; two let a torn one fall back.
+      keep_best: which one to keep beside them; None for none.
       config: the run's config, as `Workdir.identity`; stored, and compared
         at `restore`.
 
@@ -109,31 +126,46 @@ class CheckpointManager:
     if keep < 1:
       raise ValueError(f"keep={keep}: at least one checkpoint must be kept.")
     self.folder = pathlib.Path(folder).absolute()
-    self._keep = keep
+    self._keep, self._keep_best = keep, keep_best
     self._config = files.to_json(config)
     self._orbax = _open_orbax(ocp.StandardCheckpointHandler())
-    if jax.process_index() == 0:
+    self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+    self._commit: concurrent.futures.Future | None = None
+    self._scores: dict[int, float] = {}
+    if processes.is_primary():
       with files.clear_disk_errors(self.folder):
         self.folder.mkdir(parents=True, exist_ok=True)
       for leftover in self.folder.glob(f"{_ASIDE}*"):
         shutil.rmtree(leftover)
+      for step in manifest.saved_steps(self.folder):
+        self._remember(step, _read_scores(self.folder / str(step)))
 
   def save(
-    self, step: int, state: Any, extra: dict[str, Any] | None = None
+    self,
+    step: int,
+    state: Any,
+    extra: dict[str, Any] | None = None,
+    *,
+    metrics: dict[str, Any] | None = None,
   ) -> None:
-    """Saves, returns when it is on the disk, then drops the oldest.
+    """Copies the state and returns; `wait` says when it is on the disk.
+
+    When it is, the oldest are dropped.
 
     Args:
       step: steps done; each is saved once.
       state: a pytree of jax arrays, scalars and typed keys included, or numpy
-        arrays, which may lie in files.
+        arrays, which may lie in files and must not change before `wait`.
       extra: JSON data beside it, such as the data iterator's state.
+      metrics: of the last of these steps; `keep_best` looks for its own.
 
     Raises:
       ValueError: a leaf is no array, or the step was saved before.
-      DiskFullError: no space left; the older checkpoints are untouched.
+      DiskFullError: no space left, perhaps for the checkpoint before this one;
+        the older ones are untouched.
     """
-    if step in _steps(self.folder):
+    self.wait()
+    if step in manifest.saved_steps(self.folder):
       raise ValueError(f"step {step} is already saved in {self.folder}.")
     for path, leaf in leaves.flatten(state):
       if not isinstance(leaf, (jax.Array, np.ndarray)):
@@ -141,16 +173,20 @@ class CheckpointManager:
           f"state leaf {path} is {type(leaf).__name__}, not an array. Make"
           " it one (jnp.asarray), or put plain data into `extra`."
         )
+    best = self._keep_best
+    value = (metrics or {}).get(best.metric) if best else None
+    scores = {} if best is None or value is None else {best.metric: value}
     record = {
       "extra": files.to_json(extra or {}),
       "config": self._config,
+      "scores": files.to_json(scores),
       "arrays": {
         path: leaves.describe(leaf) for path, leaf in leaves.flatten(state)
       },
     }
     stored = jax.tree.map(leaves.stored, state)
-    final, aside = self.folder / str(step), self.folder / f"{_ASIDE}new"
-    with files.clear_disk_errors(final):
+    aside = self.folder / f"{_ASIDE}new"
+    with files.clear_disk_errors(self.folder / str(step)):
       self._orbax.save(
         aside,
         args=ocp.args.Composite(
@@ -159,15 +195,57 @@ class CheckpointManager:
         ),
         force=True,  # over what a failed save left
       )
-      if jax.process_index() == 0:
+    self._commit = self._thread.submit(
+      self._make_visible, step, aside, record["scores"]
+    )
+
+  def wait(self) -> None:
+    """Returns when the last saved checkpoint is on the disk.
+
+    Raises:
+      DiskFullError: no space left for it; the older ones are untouched.
+    """
+    commit, self._commit = self._commit, None
+    if commit is not None:
+      commit.result()
+
+  def _make_visible(
+    self, step: int, aside: pathlib.Path, scores: dict[str, float]
+  ) -> None:
+    """Waits until all processes have written, then gives it its name."""
+    final = self.folder / str(step)
+    with files.clear_disk_errors(final):
+      self._orbax.wait_until_finished()
+      if processes.is_primary():
         manifest.write_manifest(aside)
         os.rename(aside, final)
         files.sync_folder(self.folder)
+        self._remember(step, scores)
         self._drop_oldest()
 
+  def _remember(self, step: int, scores: dict[str, float]) -> None:
+    """Notes what `keep_best` judges a checkpoint by, where it was measured."""
+    if self._keep_best and self._keep_best.metric in scores:
+      self._scores[step] = scores[self._keep_best.metric]
+
+  @property
+  def best(self) -> tuple[int, float] | None:
+    """Step and value of the best one there, on process 0; None for none."""
+    best = None
+    for step in manifest.saved_steps(self.folder):
+      value = self._scores.get(step)
+      if value is None or self._keep_best is None:
+        continue
+      if best is None or self._keep_best.is_better(value, best[1]):
+        best = step, value
+    return best
+
   def _drop_oldest(self) -> None:
-    """Removes all but the newest `keep` checkpoints."""
-    for old in _steps(self.folder)[: -self._keep]:
+    """Removes all but the newest `keep` checkpoints and the best."""
+    best = self.best
+    for old in manifest.saved_steps(self.folder)[: -self._keep]:
+      if best is not None and old == best[0]:
+        continue
       # By a rename, so that a kill never leaves half an old checkpoint.
       doomed = self.folder / f"{_ASIDE}{old}"
       os.rename(self.folder / str(old), doomed)
@@ -195,34 +273,46 @@ class CheckpointManager:
     Warns:
       UserWarning: a checkpoint was torn.
     """
-    steps = _steps(self.folder)
-    files.require_free_space(
-      self.folder,
-      max(self._keep + 1 - len(steps), 1) * leaves.stored_bytes(template)
-      + _SLACK_BYTES,
-      f"the next checkpoints in {self.folder}",
-    )
-    if not steps:
+    self.wait()
+
+    def find():
+      steps = manifest.saved_steps(self.folder)
+      kept = self._keep + (self._keep_best is not None)
+      files.require_free_space(
+        self.folder,
+        max(kept + 1 - len(steps), 1) * leaves.stored_bytes(template)
+        + _SLACK_BYTES,
+        f"the next checkpoints in {self.folder}",
+      )
+      return manifest.newest_whole(self.folder, steps) if steps else None
+
+    if (found := processes.on_primary(find)) is None:
       return None
-    step, torn = _newest_whole(self.folder, steps)
+    step, torn = found
     state, extra = self._read(step, template)
-    for bad in torn:
-      kept = self.folder / f"{bad}.torn"
-      shutil.rmtree(kept, ignore_errors=True)  # of an earlier fall
-      os.rename(self.folder / str(bad), kept)
-    if jax.process_index() == 0:
+    if processes.is_primary():
+      for bad in torn:
+        aside = self.folder / f"{bad}.torn"
+        shutil.rmtree(aside, ignore_errors=True)  # of an earlier fall
+        os.rename(self.folder / str(bad), aside)
       self._drop_oldest()  # a kill right after a save may have kept one more
     return step, state, extra
 
   def close(self) -> None:
-    """Releases Orbax's threads."""
+    """Releases the threads; `wait` first."""
+    self._thread.shutdown()
     self._orbax.close()
 
   def __enter__(self):
     return self
 
-  def __exit__(self, *exc_info):
-    self.close()
+  def __exit__(self, exc_type, exc, traceback):
+    try:
+      # What goes wrong here would hide what went wrong before.
+      with contextlib.suppress(*((Exception,) if exc_type else ())):
+        self.wait()
+    finally:
+      self.close()
 
   def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
     """One checkpoint, checked against config, template and checksums."""
@@ -337,42 +427,12 @@ def restore_variables(folder: files.Path, *, step: int | None = None) -> Any:
   return restore_part(folder, "variables", step=step)
 
 
-def _open_orbax(handler: Any) -> ocp.Checkpointer:
-  # Blocking: 0.1 s for 2 MB on two cores, of which saving in the background
-  # would still hold the loop for 0.03 s.
-  return ocp.Checkpointer(
+def _open_orbax(handler: Any) -> ocp.AsyncCheckpointer:
+  return ocp.AsyncCheckpointer(
     ocp.CompositeCheckpointHandler(
       state=handler, record=ocp.JsonCheckpointHandler()
-    )
-  )
-
-
-def _steps(folder: pathlib.Path) -> list[int]:
-  """Steps with a checkpoint, oldest first."""
-  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
-
-
-def _newest_whole(
-  folder: pathlib.Path, steps: list[int]
-) -> tuple[int, list[int]]:
-  """The newest step that is whole, and the newer ones, which are torn."""
-  reasons: dict[int, str] = {}
-  for step in sorted(steps, reverse=True):
-    reason = manifest.damage(folder / str(step))
-    if reason is not None:
-      reasons[step] = reason
-      continue
-    for torn, reason in reasons.items():
-      warnings.warn(
-        f"checkpoint {torn} in {folder} is torn or corrupt ({reason}); falling"
-        f" back to the one of step {step}.",
-        stacklevel=3,
-      )
-    return step, list(reasons)
-  lines = "\n".join(f"  {step}: {reason}" for step, reason in reasons.items())
-  raise ValueError(
-    f"no checkpoint in {folder} is whole:\n{lines}\nRemove the folder to start"
-    " from the beginning."
+    ),
+    timeout_secs=_WRITTEN_WITHIN_SECS,
   )
 
 
@@ -381,13 +441,13 @@ def _whole_checkpoint(folder: files.Path, step: int | None) -> pathlib.Path:
   folder = pathlib.Path(folder).absolute()
   if not folder.is_dir():
     raise ValueError(f"{folder} does not exist: it should hold checkpoints.")
-  steps = _steps(folder)
+  steps = manifest.saved_steps(folder)
   if not steps or (step is not None and step not in steps):
     raise ValueError(
       f"{folder} has no checkpoint{'' if step is None else f' {step}'};"
       f" found: {', '.join(map(str, steps)) or 'none'}."
     )
-  step, _ = _newest_whole(folder, steps if step is None else [step])
+  step, _ = manifest.newest_whole(folder, steps if step is None else [step])
   return folder / str(step)
 
 
@@ -406,6 +466,14 @@ def _read_record(
 ) -> dict[str, Any]:
   args = ocp.args.Composite(record=ocp.args.JsonRestore())
   return orbax.restore(folder, args=args).record
+
+
+def _read_scores(folder: pathlib.Path) -> dict[str, float]:
+  """What one process alone can read of a record, which may be torn."""
+  try:
+    return files.read_json(folder / "record" / "metadata")["scores"]
+  except (OSError, ValueError, KeyError):  # torn, or from before there were any
+    return {}
 
 
 def _layout(arrays: dict[str, Any]) -> dict[str, str]:

@@ -8,6 +8,7 @@ read.
 
 import concurrent.futures
 import pathlib
+import warnings
 import zlib
 
 import jax
@@ -73,6 +74,46 @@ def damage(folder: pathlib.Path) -> str | None:
     if checksum != listed[name][1]:
       return f"the bytes of {name} are not those written"
   return None
+
+
+def saved_steps(folder: pathlib.Path) -> list[int]:
+  """Steps with a checkpoint, oldest first."""
+  return sorted(int(p.name) for p in folder.iterdir() if p.name.isdecimal())
+
+
+def newest_whole(
+  folder: pathlib.Path, steps: list[int]
+) -> tuple[int, list[int]]:
+  """The newest checkpoint that is whole, and the newer ones, which are torn.
+
+  Args:
+    folder: the checkpoints' folder.
+    steps: of which to choose.
+
+  Raises:
+    ValueError: none is whole.
+
+  Warns:
+    UserWarning: one was torn.
+  """
+  reasons: dict[int, str] = {}
+  for step in sorted(steps, reverse=True):
+    reason = damage(folder / str(step))
+    if reason is not None:
+      reasons[step] = reason
+      continue
+    for torn, reason in reasons.items():
+      warnings.warn(
+        f"checkpoint {torn} in {folder} is torn or corrupt ({reason}); falling"
+        f" back to the one of step {step}.",
+        stacklevel=4,
+      )
+    return step, list(reasons)
+  lines = "\n".join(f"  {step}: {reason}" for step, reason in reasons.items())
+  raise ValueError(
+    f"no checkpoint in {folder} is whole:\n{lines}\nRemove the folder to start"
+    " from the beginning."
+  )
 
 
 def _checksums(paths: list[pathlib.Path]) -> list[int | None]:

@@ -3,7 +3,7 @@
 Everything is random access: `stream.rows[j]` and `batches[t]` are pure
 functions of the config, the seed and the index. A resumed run therefore needs
 no more than its step, and any number of processes reads the same stream, each
-its own rows of every batch.
+the rows of every batch that its devices need (`rlm.parallel.rows`).
 """
 
 import dataclasses
@@ -46,9 +46,9 @@ class Heldout:
   bits per byte = (sum of nats over the targets) / ln 2 / num_bytes.
 
   Attributes:
-    batches: dicts of arrays, this process's rows, filled up with padding.
-    num_bytes: bytes of text in the tokens that count, over all batches and
-      processes; markers have none, but their loss counts.
+    batches: dicts of arrays, filled up with padding; whole on every process.
+    num_bytes: bytes of text in the tokens that count, over all batches;
+      markers have none, but their loss counts.
     unigram_bits_per_byte, bigram_bits_per_byte: entropies of that text, fitted
       on itself (`text.ngram_entropy`); None where it is not plain text.
   """
@@ -135,35 +135,31 @@ def make_batches(
   *,
   batch_size: int,
   row_counts: Sequence[int],
-  process_index: int,
-  process_count: int,
+  positions: Sequence[int] | None = None,
 ) -> grain.MapDataset:
   """The batches of a run: batches[t] is that of step t.
 
   Step t takes the next `row_counts[t]` rows of the stream; padding rows fill
-  the batch up to `batch_size`, so that a growing batch keeps its shape. Process
-  p of P gets the rows p, p + P, p + 2P... of every batch: cutting the batch
-  into microbatches then gives the same sets of rows for any P.
+  the batch up to `batch_size`, so that a growing batch keeps its shape.
 
   Args:
     stream: the rows.
     batch_size: B, rows of a batch over all processes.
     row_counts: int [steps], each in 1..B.
-    process_index: p.
-    process_count: P, dividing B.
+    positions: int [n] in 0..B-1, the rows of every batch to read; None is all.
 
   Returns:
     batches[t]: tokens, positions, segment_ids int32 and loss_mask bool, each
-    [B / P, T].
+    [n, T].
 
   Raises:
-    ValueError: sizes that do not divide, or counts above the batch size.
+    ValueError: counts above the batch size, or positions beyond it.
   """
   counts = np.asarray(row_counts, np.int64)
-  if batch_size % process_count:
+  places = range(batch_size) if positions is None else list(positions)
+  if not places or min(places) < 0 or max(places) >= batch_size:
     raise ValueError(
-      f"{batch_size=} rows do not divide over {process_count=}. Make batch_size"
-      " a multiple of the number of processes."
+      f"positions {places} must name rows of a batch, 0..{batch_size - 1}."
     )
   if counts.size == 0 or counts.min() < 1 or counts.max() > batch_size:
     raise ValueError(
@@ -176,7 +172,7 @@ def make_batches(
   def batch(t: int) -> Batch:
     end = int(ends[t])
     start = end - int(counts[t])
-    mine = range(start + process_index, start + batch_size, process_count)
+    mine = [start + place for place in places]
     return _stack([stream.rows[j] if j < end else stream.padding for j in mine])
 
   return grain.MapDataset.range(len(counts)).map(batch)
@@ -208,8 +204,6 @@ def load_heldout(
   seed: int,
   tasks: Mapping[str, Task],
   batch_size: int,
-  process_index: int,
-  process_count: int,
 ) -> dict[str, Heldout]:
   """The held-out rows of each source that has any, by its name.
 
@@ -218,14 +212,8 @@ def load_heldout(
     chat: how the model is written to.
     seed: of the run, the one that `make_stream` is given.
     tasks: the run's tasks by name.
-    batch_size: B, rows of a batch over all processes.
-    process_index: p; process p gets the rows p, p + P... of every batch.
-    process_count: P, dividing B.
+    batch_size: B, rows of a batch.
   """
-  if batch_size % process_count:
-    raise ValueError(
-      f"{batch_size=} held-out rows do not divide over {process_count=}."
-    )
   heldout = {}
   for name, source in cfg.sources.items():
     packed, _ = _pack_source(cfg, name, chat, tasks, seed, "heldout")
@@ -239,7 +227,7 @@ def load_heldout(
     rows += [empty_row(cfg.row_length, chat.pad_id)] * (-len(rows) % batch_size)
     heldout[name] = Heldout(
       batches=[
-        _stack(rows[begin + process_index : begin + batch_size : process_count])
+        _stack(rows[begin : begin + batch_size])
         for begin in range(0, len(rows), batch_size)
       ],
       num_bytes=sum(map(len, texts)),

@@ -6,6 +6,7 @@ the right tokens before.  The latter says which levels a base has learned,
 at a thousandth of the cost of sampling answers.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ from rlm.losses import Batch, is_greedy, own_targets, token_logprobs
 from rlm.models.layout import Layout
 from rlm.models.transformer import head_kernel
 from rlm.parallel.config import ROWS
+from rlm.parallel.rows import own_rows, place_rows
 from rlm.parallel.sharding import batch_specs, state_specs
 from rlm.tasks.base import Task
 
@@ -42,10 +44,13 @@ ScoreRows = Callable[[Any, Batch], RowScores]
 
 
 def make_score_rows(layout: Layout) -> ScoreRows:
-  """A jitted function (variables, batch) -> RowScores; rows are divided."""
+  """A function (variables, batch) -> RowScores; rows are divided.
+
+  Batches are whole on every process, and so are their scores.
+  """
   model, shard, cfg = layout.model, layout.shard, layout.model.cfg
 
-  def own_rows(variables, batch):
+  def score_own(variables, batch):
     hidden, _ = model.apply(
       variables, batch["tokens"], batch["positions"], batch["segment_ids"]
     )
@@ -67,10 +72,17 @@ def make_score_rows(layout: Layout) -> ScoreRows:
     missed = (~greedy.reshape(mask.shape) & mask).sum(axis=1)
     return RowScores(nats=shard.sum_row(nats), exact=shard.sum_row(missed) == 0)
 
-  @jax.jit
-  def score_rows(variables, batch):
+  @functools.partial(jax.jit, out_shardings=layout.everywhere)
+  def score_placed(variables, batch):
     specs = (state_specs(variables), batch_specs(batch, leading=0))
-    return layout.map(own_rows, specs, P(ROWS))(variables, batch)
+    return layout.map(score_own, specs, P(ROWS))(variables, batch)
+
+  def score_rows(variables, batch):
+    rows = len(batch["tokens"])
+    own = own_rows(layout.mesh, rows)
+    mine = {name: x[own] for name, x in batch.items()}
+    placed = place_rows(layout.mesh, mine, own, rows=rows, leading=0)
+    return score_placed(variables, placed)
 
   return score_rows
 

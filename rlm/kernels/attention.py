@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.backend import backend
 from rlm.kernels.product import einsum
 
 # Finite, so that a row without any key gives zeros and not NaN.
@@ -59,7 +60,7 @@ def masked_softmax(scores: jax.Array, mask: jax.Array):
 
 def prefers_heads(num_heads: int) -> bool:
   """Whether `attend_heads` is the fastest form here: on a CPU, few heads."""
-  return jax.default_backend() == "cpu" and num_heads <= 16
+  return backend() == "cpu" and num_heads <= 16
 
 
 def attend_heads(

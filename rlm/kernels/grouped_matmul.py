@@ -18,14 +18,15 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from rlm.kernels.product import einsum, exact_sums
+from rlm.kernels.backend import backend
+from rlm.kernels.product import einsum, exact_rounded
 
 IMPLEMENTATIONS = ("ragged", "blocks")
 
 
 def default_implementation() -> str:
   """The form that the default backend runs fastest."""
-  return "blocks" if jax.default_backend() == "cpu" else "ragged"
+  return "blocks" if backend() == "cpu" else "ragged"
 
 
 def row_alignment(
@@ -69,7 +70,7 @@ def grouped_matmul(
     implementation: one of `IMPLEMENTATIONS`, or None for the backend's own.
 
   Returns:
-    float32 [M, F].
+    [M, F] in the dtype of `x`, summed in float32.
 
   Raises:
     ValueError: an unknown implementation, or rows that are not aligned.
@@ -84,7 +85,7 @@ def grouped_matmul(
       f"{x.shape[0]} rows are not a multiple of {row_alignment=}. Pad x."
     )
   if name == "ragged":
-    return jax.lax.ragged_dot(x, w, group_sizes, **exact_sums(x.dtype))
+    return jax.lax.ragged_dot(x, w, group_sizes, **exact_rounded(x.dtype))
   return _block_matmul(x, w, group_sizes, row_alignment)
 
 
@@ -106,7 +107,7 @@ def _block_matmul_fwd(x, w, group_sizes, size):
   owner = _block_groups(group_sizes, blocks, size)
   x_blocks = x.reshape(blocks, size, -1)
   y = einsum("nrd,ndf->nrf", x_blocks, w[owner])
-  return y.reshape(x.shape[0], -1), (x, w, owner)
+  return y.reshape(x.shape[0], -1).astype(x.dtype), (x, w, owner)
 
 
 def _block_matmul_bwd(size, residuals, dy):

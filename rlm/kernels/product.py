@@ -21,6 +21,14 @@ def exact_sums(dtype: Any) -> dict[str, Any]:
   }
 
 
+def exact_rounded(dtype: Any) -> dict[str, Any]:
+  """As `exact_sums`, for a product that gives `dtype`, rounded once.
+
+  The sums are float32 inside; asked for them, XLA would write them out.
+  """
+  return exact_sums(dtype) | {"preferred_element_type": jnp.dtype(dtype)}
+
+
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
   """`jnp.einsum` of two arrays of one dtype; float32, as it was summed.
 

@@ -145,8 +145,9 @@ class ModelConfig:
     num_nextn_predict_layers: D, MTP modules.
     dtype: of activations.
     param_dtype: of parameters.
-    remat: "none"; "block" recomputes each block in the backward pass; "dots"
-      keeps its matrix products and recomputes the rest.
+    remat: "none"; "block" recomputes each block in the backward pass,
+      "attention" likewise but keeps the output of its attention; "dots" keeps
+      its matrix products and recomputes the rest.
     unroll_layers: straight-line code instead of a scan; the same tree.
     attention_chunk: queries handled at once, 0 = all.
     logits_chunk: vocabulary rows handled at once in losses, 0 = all.
@@ -190,7 +191,7 @@ class ModelConfig:
   num_nextn_predict_layers: int
   dtype: Literal["float32", "bfloat16"]
   param_dtype: Literal["float32", "bfloat16"]
-  remat: Literal["none", "block", "dots"]
+  remat: Literal["none", "block", "attention", "dots"]
   unroll_layers: bool
   attention_chunk: int
   logits_chunk: int

@@ -6,11 +6,18 @@ by head.
 
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from rlm.kernels import gqa_attention as kernel
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
-from rlm.models.layers import RMSNorm, linear, normal_init, parameter
+from rlm.models.layers import (
+  ATTENTION_OUTPUT,
+  RMSNorm,
+  linear,
+  normal_init,
+  parameter,
+)
 from rlm.models.rope import apply_half_rope
 from rlm.parallel.shard import WHOLE, Whole
 
@@ -95,6 +102,7 @@ class GQA(nn.Module):
       scale=self._scale,
       query_chunk=self.cfg.attention_chunk,
     )
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
     return self._out(out), _entries(k, v).swapaxes(1, 2)
 
   def decode(self, x, rotations, layer, lengths):

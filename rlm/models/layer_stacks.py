@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.backend import backend
 from rlm.models.quantized import is_quantized
 
 _STACKS = ("dense_layers", "moe_layers")
@@ -30,7 +31,7 @@ def split_layers(variables: Any) -> Any:
     variables: of a Transformer.
   """
   small = 0 < _layer_bytes(variables) <= MAX_BYTES
-  if jax.default_backend() != "cpu" or not small:
+  if backend() != "cpu" or not small:
     return variables
   return jax.tree.map_with_path(
     lambda path, leaf: tuple(leaf) if _is_stacked(path) else leaf, variables

@@ -17,6 +17,11 @@ def normal_init(cfg: ModelConfig) -> nn.initializers.Initializer:
   return nn.initializers.normal(stddev=cfg.initializer_range)
 
 
+# What attention gives before its output projection, for policies of
+# rematerialisation.
+ATTENTION_OUTPUT = "attention"
+
+
 def parameter(
   module: nn.Module, name: str, init: nn.initializers.Initializer, shape: tuple
 ) -> jax.Array:

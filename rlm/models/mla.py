@@ -7,11 +7,19 @@ positions first; kv_a holds the latent's rows first, then the RoPE key's.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from rlm.kernels import mla_attention as kernel
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
-from rlm.models.layers import RMSNorm, dot, linear, normal_init, parameter
+from rlm.models.layers import (
+  ATTENTION_OUTPUT,
+  RMSNorm,
+  dot,
+  linear,
+  normal_init,
+  parameter,
+)
 from rlm.models.quantized import operand
 from rlm.models.rope import apply_rope, softmax_scale
 from rlm.parallel.shard import WHOLE, Whole
@@ -120,6 +128,7 @@ class MLA(nn.Module):
       scale=self._scale,
       query_chunk=c.attention_chunk,
     )
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
     return self._out(out), entries.swapaxes(1, 2)
 
   def decode(self, x, rotations, layer, lengths):

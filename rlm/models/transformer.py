@@ -17,7 +17,13 @@ from rlm.kernels.product import einsum
 from rlm.models.block import Block
 from rlm.models.cache import TokenCache
 from rlm.models.config import ModelConfig
-from rlm.models.layers import Embedding, RMSNorm, normal_init, parameter
+from rlm.models.layers import (
+  ATTENTION_OUTPUT,
+  Embedding,
+  RMSNorm,
+  normal_init,
+  parameter,
+)
 from rlm.models.moe import Routing, update_expert_bias
 from rlm.models.mtp import MTPModule, next_inputs, reads_own_segment
 from rlm.models.rope import rope_rotations
@@ -32,6 +38,9 @@ def _remat(body, policy: str, *, unrolled: bool):
     return body
   policies = {
     "block": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names(
+      ATTENTION_OUTPUT
+    ),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
   }
   # In straight-line code XLA would find the forward pass's values again and

@@ -4,7 +4,7 @@
 |---|---|---|
 | data | rows of the batch | copies the parameters: the axis between slices |
 | fsdp | rows of the batch | a piece of every matrix, gathered when it is used |
-| expert | rows of the batch | the experts, to which tokens travel |
+| expert | rows of the batch | the experts, to which tokens go; else as fsdp |
 | context | tokens of a row | a piece of every matrix, as fsdp |
 | tensor | heads, feed-forward widths | nothing: its devices repeat the rest |
 
@@ -17,7 +17,10 @@ from typing import Literal
 
 AXES = ("data", "fsdp", "expert", "context", "tensor")
 ROWS = ("data", "fsdp", "expert")  # axes among which rows are divided
-PIECES = ("fsdp", "context")  # axes that gather a matrix to use it
+# Axes that gather a matrix to use it: one of an expert or of the vocabulary,
+# and one that every device uses.
+PIECES = ("fsdp", "context")
+ALL_PIECES = ("fsdp", "expert", "context")
 TOKENS = (*ROWS, "context")  # axes whose devices hold different tokens
 
 

@@ -37,6 +37,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.backend import backend
 from rlm.parallel.config import MeshConfig
 
 Groups = tuple[tuple[int, ...], ...]
@@ -455,4 +456,4 @@ def make_exchange(
 
 def default_transport() -> str:
   """The transport that the default backend runs fastest."""
-  return "padded" if jax.default_backend() == "cpu" else "ragged"
+  return "padded" if backend() == "cpu" else "ragged"

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rlm.parallel.config import PIECES, ROWS, TOKENS
+from rlm.parallel.config import ALL_PIECES, PIECES, ROWS, TOKENS
 from rlm.parallel.expert import NO_EXCHANGE, Exchange
 from rlm.parallel.sharding import parameter_axes
 
@@ -128,25 +128,20 @@ class MeshShard(Whole):
 
   @property
   def gathers(self) -> bool:
-    return bool(self._present(PIECES))
+    return bool(self._present(ALL_PIECES))
 
   def matrices(self, params, dtype):
     def whole(path, leaf):
       name = str(path[-1].key) if hasattr(path[-1], "key") else ""
       if leaf.ndim > 1 and name and name not in _UNCAST:
         leaf = leaf.astype(dtype)  # int8 stays, and is a field, not a key
-      axes = parameter_axes(path, leaf.ndim)
-      if PIECES not in axes:
-        return leaf
-      return self._whole(leaf, axes.index(PIECES))
+      for axis, names in enumerate(parameter_axes(path, leaf.ndim)):
+        present = self._present(names) if isinstance(names, tuple) else ()
+        if present:
+          leaf = _gather(present, axis, self.gradient_dtype, leaf)
+      return leaf
 
     return jax.tree.map_with_path(whole, params)
-
-  def _whole(self, piece, axis):
-    names = self._present(PIECES)
-    if not names:
-      return piece
-    return _gather(names, axis, self.gradient_dtype, piece)
 
   def lookup(self, embedding, tokens, dtype):
     names = self._present(PIECES)
@@ -214,7 +209,11 @@ class MeshShard(Whole):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _gather(names, axis, gradient_dtype, piece):
-  return jax.lax.all_gather(piece, names, axis=axis, tiled=True)
+  # One mesh axis after the other, the innermost first, as many bytes in all: a
+  # TPU's collectives over a whole slice are sums of everything everywhere.
+  for name in reversed(names):
+    piece = jax.lax.all_gather(piece, name, axis=axis, tiled=True)
+  return piece
 
 
 def _gather_bwd(names, axis, gradient_dtype, _, grad):
@@ -222,10 +221,10 @@ def _gather_bwd(names, axis, gradient_dtype, _, grad):
   # Summed in float32 unless told otherwise: a bfloat16 sum over 64 devices
   # rounds 63 times.
   wide = jnp.promote_types(dtype, gradient_dtype)
-  total = jax.lax.psum_scatter(
-    grad.astype(wide), names, scatter_dimension=axis, tiled=True
-  )
-  return (total.astype(dtype),)
+  grad = grad.astype(wide)
+  for name in names:
+    grad = jax.lax.psum_scatter(grad, name, scatter_dimension=axis, tiled=True)
+  return (grad.astype(dtype),)
 
 
 _gather.defvjp(lambda *args: (_gather(*args), None), _gather_bwd)

@@ -2,10 +2,10 @@
 
 A parameter's row gives the axes of its own dimensions; the stack of layers in
 front of them is never divided. Optimizer moments, EMA and gradients follow
-their parameter. Every matrix is divided by its longest published dimension but
-experts' width, so that a piece is a multiple of the TPU's 8 rows: 7168 / 64 =
-112 rows. (7168 / 512 = 14 are not; XLA then sums whole gradients on every chip
-and throws most of each away.)
+their parameter. Matrices are divided by rows, which a TPU tiles by 8: over 64
+devices 7168 rows are 112 each. (Over all 512 of a slice, a TPU compiler turns
+every gather and every scatter into a sum of the whole over all chips: `Shard`
+gathers one axis after the other.)
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from rlm.parallel.config import PIECES, ROWS, MeshConfig
+from rlm.parallel.config import ALL_PIECES, PIECES, ROWS, MeshConfig
 
 # Leaf name -> axes of its dimensions, without that of the stack.
 PARAMETERS = {
@@ -23,23 +23,23 @@ PARAMETERS = {
   "embedding": (None, PIECES),
   "head": (PIECES, None),
   # Attention. Columns of the up-projections are heads.
-  "q_proj": (PIECES, "tensor"),
-  "k_proj": (PIECES, "tensor"),
-  "v_proj": (PIECES, "tensor"),
+  "q_proj": (ALL_PIECES, "tensor"),
+  "k_proj": (ALL_PIECES, "tensor"),
+  "v_proj": (ALL_PIECES, "tensor"),
   "q_bias": ("tensor",),
   "k_bias": ("tensor",),
   "v_bias": ("tensor",),
-  "q_a": (PIECES, None),
-  "q_b": (PIECES, "tensor"),
-  "kv_a": (PIECES, None),
-  "kv_b": (PIECES, "tensor"),
-  "out_proj": ("tensor", PIECES),
+  "q_a": (ALL_PIECES, None),
+  "q_b": (ALL_PIECES, "tensor"),
+  "kv_a": (ALL_PIECES, None),
+  "kv_b": (ALL_PIECES, "tensor"),
+  "out_proj": ("tensor", ALL_PIECES),
   # Dense feed-forward and the shared experts.
-  "gate_proj": (PIECES, "tensor"),
-  "up_proj": (PIECES, "tensor"),
-  "down_proj": ("tensor", PIECES),
-  "router": (PIECES, None),
-  "proj": (PIECES, None),
+  "gate_proj": (ALL_PIECES, "tensor"),
+  "up_proj": (ALL_PIECES, "tensor"),
+  "down_proj": ("tensor", ALL_PIECES),
+  "router": (ALL_PIECES, None),
+  "proj": (ALL_PIECES, None),
   "scale": (None,),
   "expert_bias": (None,),
 }

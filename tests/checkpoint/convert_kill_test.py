@@ -58,13 +58,10 @@ convert._open_leaf = lambda *args: open_leaf(*args).view(Torn)
 """
 # Orbax's own folder is there, without the arrays or with all of them.
 _BEFORE_THE_ARRAYS = """
-ocp.CompositeCheckpointHandler.save = lambda *args, **kwargs: kill()
+ocp.CompositeCheckpointHandler.async_save = lambda *args, **kwargs: kill()
 """
 _BEFORE_THE_COMMIT = """
-save = ocp.CompositeCheckpointHandler.save
-ocp.CompositeCheckpointHandler.save = lambda *args, **kwargs: (
-  save(*args, **kwargs), kill()
-)
+ocp.CompositeCheckpointHandler.finalize = lambda *args, **kwargs: kill()
 """
 
 

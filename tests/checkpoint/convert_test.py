@@ -24,7 +24,7 @@ from rlm.data.byte_tokenizer_files import write_byte_tokenizer
 from rlm.models.published_config import read_published_config
 from tests.checkpoint.load_test import write_run
 from tests.parity import cases
-from tests.tiny_model import tiny_config, tiny_model
+from tests.tiny_model import lay, tiny_config, tiny_model
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 MTP = cases.CONFIGS["deepseek_v3"] | {"num_nextn_predict_layers": 1}
@@ -317,17 +317,18 @@ def test_a_run_of_ours_goes_out_with_its_tokenizer(tmp_path):
 def test_a_run_starts_from_a_published_folder(tmp_path):
   publish(tmp_path / "in", MTP)
   model, variables = load_checkpoint(tmp_path / "in")
-  started = initial_variables(model, str(tmp_path / "in"), jax.random.key(0))
+  folder, key = str(tmp_path / "in"), jax.random.key(0)
+  started = initial_variables(lay(model), folder, key)
   jax.tree.map(np.testing.assert_array_equal, started, variables)
   # Without MTP too; and a difference that matters is told.
   alone = type(model)(
     dataclasses.replace(model.cfg, num_nextn_predict_layers=0)
   )
-  started = initial_variables(alone, str(tmp_path / "in"), jax.random.key(0))
+  started = initial_variables(lay(alone), folder, key)
   assert "mtp_modules" not in started["params"]
   other = type(model)(dataclasses.replace(model.cfg, rope_theta=11.0))
   with pytest.raises(ValueError, match="rope_theta"):
-    initial_variables(other, str(tmp_path / "in"), jax.random.key(0))
+    initial_variables(lay(other), folder, key)
 
 
 def test_nothing_final_is_left_by_an_export_that_fails(tmp_path):

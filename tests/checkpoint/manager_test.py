@@ -3,6 +3,7 @@
 import errno
 import os
 import shutil
+import threading
 from typing import Any
 
 import chex
@@ -16,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from rlm import files
 from rlm.checkpoint import manager as manager_module
+from rlm.checkpoint.config import KeepBest
 from rlm.checkpoint.manager import (
   CheckpointManager,
   restore_part,
@@ -156,13 +158,130 @@ def test_a_part_that_disappears_is_no_zeros(tmp_path, monkeypatch):
     restore_variables(tmp_path)
 
 
+def names(folder):
+  return sorted(path.name for path in folder.iterdir())
+
+
 def test_the_newest_are_kept(tmp_path):
   with manager_of(tmp_path, keep=2) as manager:
     for step in range(1, 5):
       manager.save(step, {"x": jnp.float32(step)}, {"step": step})
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["3", "4"]
+    manager.wait()
+    assert names(tmp_path) == ["3", "4"]
     step, state, extra = manager.restore({"x": jnp.float32(0)})
   assert (step, float(state["x"]), extra) == (4, 4.0, {"step": 4})
+
+
+LOWEST = KeepBest("heldout", "min")
+
+
+def save_scored(manager, scores):
+  for step, score in scores.items():
+    metrics = {"loss": 1.0} | ({} if score is None else {"heldout": score})
+    manager.save(step, {"x": jnp.float32(step)}, metrics=metrics)
+  manager.wait()
+
+
+def test_the_best_is_kept_beside_the_newest(tmp_path):
+  with manager_of(tmp_path, keep=2, keep_best=LOWEST) as manager:
+    assert manager.best is None
+    save_scored(manager, {1: 5.0, 2: 3.0, 3: 4.0, 4: None, 5: 3.0})
+    assert names(tmp_path) == ["2", "4", "5"]  # of equal ones the first
+    assert manager.best == (2, 3.0)
+    assert manager.restore({"x": jnp.float32(0)})[0] == 5
+  # A later process knows what an earlier one measured.
+  with manager_of(tmp_path, keep=1, keep_best=LOWEST) as manager:
+    assert manager.best == (2, 3.0)
+    save_scored(manager, {6: 3.5})
+    assert names(tmp_path) == ["2", "6"]
+    save_scored(manager, {7: 2.5, 8: None})
+    assert names(tmp_path) == ["7", "8"]
+  # Another metric: what was judged by the old one counts no more.
+  best = KeepBest("loss", "max")
+  with manager_of(tmp_path, keep=1, keep_best=best) as manager:
+    assert manager.best is None
+    save_scored(manager, {9: 1.0})
+    assert manager.best == (9, 1.0) and names(tmp_path) == ["9"]
+
+
+@pytest.mark.parametrize(
+  "mode, kept", [("min", ["1", "4"]), ("max", ["3", "4"])]
+)
+def test_the_best_is_the_smallest_or_the_largest(tmp_path, mode, kept):
+  best = KeepBest("heldout", mode)
+  with manager_of(tmp_path, keep=1, keep_best=best) as manager:
+    save_scored(manager, {1: 1.0, 2: 2.0, 3: 3.0, 4: 2.0})
+  assert names(tmp_path) == kept
+
+
+def hold(monkeypatch, held):
+  """Commits wait for the event `held`."""
+  write = manager_module.manifest.write_manifest
+
+  def write_when_let(folder):
+    assert held.wait(30)
+    write(folder)
+
+  monkeypatch.setattr(manager_module.manifest, "write_manifest", write_when_let)
+
+
+def test_a_save_returns_before_it_is_on_the_disk(tmp_path, monkeypatch):
+  held = threading.Event()
+  hold(monkeypatch, held)
+  states = {step: make_state(step) for step in (1, 2)}
+  with manager_of(tmp_path) as manager:
+    manager.save(1, states[1])
+    assert not (tmp_path / "1").exists()
+    threading.Timer(0.2, held.set).start()
+    manager.save(2, states[2])  # waits for the first
+    assert held.is_set() and (tmp_path / "1").exists()
+  # So does the end of the block.
+  assert (tmp_path / "2").exists()
+  with manager_of(tmp_path) as manager:
+    step, state, _ = manager.restore(states[1])
+  assert step == 2
+  assert_equal(state, states[2])
+
+
+@pytest.mark.parametrize("when", ["save", "wait", "restore", "close"])
+def test_an_error_while_writing_is_raised_at_the_next_call(
+  tmp_path, monkeypatch, when
+):
+  states = save_two(tmp_path)
+  with monkeypatch.context() as patch:
+    patch.setattr(files, "sync_folder", no_space)
+    with pytest.raises(files.DiskFullError, match=r"no space left .*/3\."):
+      with manager_of(tmp_path) as manager:
+        manager.save(3, states[1])
+        if when == "save":
+          manager.save(4, states[1])
+        elif when == "wait":
+          manager.wait()
+        elif when == "restore":
+          manager.restore(states[1])
+  with manager_of(tmp_path) as manager:
+    assert manager.restore(states[1])[0] == 2
+    manager.save(3, states[1])  # once there is room
+  assert names(tmp_path) == ["2", "3"]
+
+
+def test_an_error_of_the_loop_is_not_hidden_by_one_of_the_save(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(manager_module.manifest, "write_manifest", no_space)
+  with pytest.raises(KeyError, match="the loop's"):
+    with manager_of(tmp_path) as manager:
+      manager.save(1, make_state())
+      raise KeyError("the loop's")
+
+
+def test_what_was_saved_before_an_error_of_the_loop_is_whole(tmp_path):
+  with pytest.raises(KeyError):
+    with manager_of(tmp_path) as manager:
+      manager.save(1, make_state())
+      raise KeyError
+  with manager_of(tmp_path) as manager:
+    assert manager.restore(make_state())[0] == 1
 
 
 def test_mistakes_are_named(tmp_path):
@@ -202,6 +321,10 @@ def test_another_config_or_state_is_refused_with_its_fields(tmp_path):
   ):
     manager.restore(grown)
   assert (tmp_path / "1").exists()  # refused, not set aside as torn
+
+
+def no_space(*args, **kwargs):
+  raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def save_two(folder):
@@ -313,19 +436,6 @@ def test_a_kill_between_a_save_and_its_clearing_leaves_none_too_many(tmp_path):
   assert {path.name for path in tmp_path.iterdir()} == {"2", "3"}
 
 
-def test_a_full_disk_leaves_the_older_checkpoints(tmp_path, monkeypatch):
-  states = save_two(tmp_path)
-
-  def fail(*args, **kwargs):
-    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-  with manager_of(tmp_path) as manager:
-    monkeypatch.setattr(files, "sync_folder", fail)
-    with pytest.raises(files.DiskFullError, match=r"no space left .*/3\."):
-      manager.save(3, states[2])
-  assert (tmp_path / "1").is_dir() and (tmp_path / "2").is_dir()
-
-
 def test_the_disk_must_hold_what_is_to_come(tmp_path, monkeypatch):
   usage = shutil.disk_usage(tmp_path)._replace(free=10_000_000)
   monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
@@ -338,13 +448,21 @@ def test_the_disk_must_hold_what_is_to_come(tmp_path, monkeypatch):
     manager.restore({"w": jax.ShapeDtypeStruct((1_000_000,), jnp.float32)})
 
 
-def test_host_data_is_not_shared_with_the_saved_state(tmp_path):
-  """A step that donates the state right after the save changes nothing."""
+@pytest.mark.parametrize("spec", [None, (), ("data",)])
+def test_steps_taken_while_it_is_written_change_nothing(tmp_path, spec):
   step = jax.jit(lambda s: jax.tree.map(lambda x: x * 2, s), donate_argnums=0)
-  state = {"w": jnp.arange(1024.0)}
+  state = {f"w{i}": jnp.arange(2.0**20).reshape(1024, -1) for i in range(4)}
+  if spec is not None:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, PartitionSpec(*spec))
+    state = jax.device_put(state, place)
+  expected = np.asarray(state["w0"]) * 2  # a copy
+  state = step(state)
   with manager_of(tmp_path) as manager:
     manager.save(1, state)
-    state = step(state)
+    for _ in range(5):
+      state = step(state)  # donates what is being written
     jax.block_until_ready(state)
     _, restored, _ = manager.restore(jax.eval_shape(lambda: state))
-  chex.assert_trees_all_equal(restored["w"], jnp.arange(1024.0))
+  for name in state:
+    chex.assert_trees_all_equal(np.asarray(restored[name]), expected)

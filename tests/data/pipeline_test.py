@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 
@@ -78,13 +79,12 @@ def stream():
   return _stream()
 
 
-def _batches(stream, steps=12, process=0, processes=1, batch_size=8):
+def _batches(stream, steps=12, positions=None, batch_size=8):
   return make_batches(
     stream,
     batch_size=batch_size,
     row_counts=[batch_size] * steps,
-    process_index=process,
-    process_count=processes,
+    positions=positions,
   )
 
 
@@ -128,26 +128,34 @@ def test_iteration_from_any_step_is_the_same_stream(stream):
   left_early.close()
 
 
-def test_two_processes_read_the_stream_of_one(stream):
+def test_a_process_reads_its_rows_of_every_batch(stream):
   whole = _batches(stream)
-  halves = [_batches(stream, process=p, processes=2) for p in (0, 1)]
-  for t in range(12):
-    for p, half in enumerate(halves):
+  for positions in ([0, 1, 4, 5], [7], np.array([2, 3])):
+    part = _batches(stream, positions=positions)
+    for t in range(12):
       _assert_equal(
-        half[t], {key: value[p::2] for key, value in whole[t].items()}
+        part[t], {key: value[positions] for key, value in whole[t].items()}
       )
 
 
-def test_microbatches_hold_the_same_rows_for_any_number_of_processes(stream):
-  # Two microbatches of 4 rows; each of 2 processes cuts its 4 rows into two.
-  whole = _batches(stream)[3]["tokens"].reshape(2, 4, ROW_LENGTH)
-  halves = [
-    _batches(stream, process=p, processes=2)[3]["tokens"].reshape(2, 2, -1)
-    for p in (0, 1)
-  ]
-  for m in range(2):
-    together = np.concatenate([half[m] for half in halves]).tolist()
-    assert sorted(together) == sorted(whole[m].tolist())
+def test_rows_of_others_are_not_read(stream):
+  class Rows:
+    def __init__(self):
+      self.read = []
+
+    def __getitem__(self, j):
+      self.read.append(j)
+      return stream.rows[j]
+
+  rows = Rows()
+  counting = dataclasses.replace(stream, rows=rows)
+  batches = make_batches(
+    counting, batch_size=6, row_counts=[4, 6, 6], positions=[1, 4, 5]
+  )
+  for t, read in enumerate(([1], [5, 8, 9], [11, 14, 15])):
+    rows.read.clear()
+    assert batches[t]["tokens"].shape == (3, ROW_LENGTH)
+    assert rows.read == read
 
 
 def test_weights_are_honoured(stream):
@@ -169,8 +177,6 @@ def test_a_source_of_weight_zero_is_only_evaluated(stream):
     seed=0,
     tasks=TASKS,
     batch_size=4,
-    process_index=0,
-    process_count=1,
   )
   assert heldout.keys() == {"stdlib", "sums"}
 
@@ -191,8 +197,6 @@ def test_a_growing_batch_skips_no_row_and_keeps_its_shape(stream):
     stream,
     batch_size=6,
     row_counts=[2, 4, 6],
-    process_index=0,
-    process_count=1,
   )
   live = []
   for t, count in enumerate((2, 4, 6)):
@@ -229,15 +233,13 @@ def test_record_says_what_was_read(stream):
   )
 
 
-def _heldout(process=0, processes=1, **changes):
+def _heldout(**changes):
   return load_heldout(
     _config(**changes),
     CHAT,
     seed=0,
     tasks=TASKS,
     batch_size=4,
-    process_index=process,
-    process_count=processes,
   )
 
 
@@ -309,15 +311,6 @@ def test_heldout_problems_are_of_the_heldout_split():
   assert not trained & drawn["heldout"] and not held_out & drawn["train"]
 
 
-def test_two_processes_share_the_heldout_rows():
-  whole = _heldout()["stdlib"]
-  for p in (0, 1):
-    half = _heldout(process=p, processes=2)["stdlib"]
-    assert half.num_bytes == whole.num_bytes  # of all processes
-    for a, b in zip(half.batches, whole.batches, strict=True):
-      _assert_equal(a, {key: value[p::2] for key, value in b.items()})
-
-
 def test_no_heldout_rows_asked():
   assert _heldout(heldout_rows=0) == {}
 
@@ -351,10 +344,11 @@ def test_data_errors_name_the_source(tmp_path):
 
 
 def test_batch_errors(stream):
-  arguments = dict(
-    batch_size=6, row_counts=[6], process_index=0, process_count=1
-  )
-  with pytest.raises(ValueError, match="batch_size=6 rows do not divide over"):
-    make_batches(stream, **(arguments | dict(process_count=4)))
+  arguments = dict(batch_size=6, row_counts=[6])
+  for positions in ([], [6], [-1]):
+    with pytest.raises(
+      ValueError, match=r"must name rows of a batch, 0\.\.5\."
+    ):
+      make_batches(stream, **arguments, positions=positions)
   with pytest.raises(ValueError, match=r"run from 0 to 7 .* 1\.\.batch_size=6"):
     make_batches(stream, **(arguments | dict(row_counts=[0, 7])))

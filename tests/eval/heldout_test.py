@@ -11,7 +11,7 @@ from rlm.data.tokenizer import ByteTokenizer
 from rlm.eval import heldout
 from rlm.models.transformer import head_kernel
 from rlm.tasks.registry import make_task
-from tests.tiny_model import tiny_model
+from tests.tiny_model import lay, tiny_model
 
 ROW_LENGTH = 48
 
@@ -24,7 +24,7 @@ def model_and_scorer():
     num_hidden_layers=1,
     num_nextn_predict_layers=0,
   )
-  return model, variables, heldout.make_score_rows(model)
+  return model, variables, heldout.make_score_rows(lay(model))
 
 
 def task():
@@ -111,6 +111,17 @@ def test_scores_are_those_of_the_logits(model_and_scorer):
   assert accuracy["level/2/worked_accuracy"] == 0.0
   # Problem 1 of level 3 is row 0 of the second batch; padding does not count.
   assert accuracy["level/3/worked_accuracy"] == pytest.approx(1 / 3)
+
+
+def test_scores_on_a_mesh_are_those_of_one_device(model_and_scorer):
+  """Rows and their tokens are divided, and a row's sums joined again."""
+  model, variables, score_rows = model_and_scorer
+  divided = heldout.make_score_rows(lay(model, fsdp=2, context=2))
+  for batch in problems().batches:
+    expected, got = (f(variables, batch) for f in (score_rows, divided))
+    np.testing.assert_allclose(got.nats, expected.nats, rtol=1e-5)
+    np.testing.assert_array_equal(got.exact, expected.exact)
+  assert expected.exact.any() and not expected.exact.all()
 
 
 def test_bits_per_byte_divide_by_the_bytes_of_text(model_and_scorer):

@@ -25,6 +25,7 @@ from rlm.models.transformer import Transformer
 from rlm.sampling.config import SamplingConfig
 from tests.data import published_folder
 from tests.parity import cases
+from tests.tiny_model import lay
 
 pytestmark = pytest.mark.usefixtures("quick_compilation")
 
@@ -119,7 +120,7 @@ def test_every_stage_speaks_the_models_own_format(tmp_path, own_format):
     tmp_path / "rl",
     **sampling,
     **{
-      "sampling_devices": 1,
+      "sampling_mesh.data": 1,
       "evaluation.levels": (1,),
       "evaluation.levels_trained": (1,),
       "evaluation.ks": (1, 2),
@@ -229,8 +230,8 @@ def test_a_converted_folder_serves_as_well(tmp_path):
   cfg = build(ModelConfig, from_ours["model"])
   model = Transformer(dataclasses.replace(cfg, dtype="float32"))
   key = jax.random.key(0)
-  a = initial_variables(model, str(tmp_path / "ours"), key)
-  b = initial_variables(model, str(folder), key)
+  a = initial_variables(lay(model), str(tmp_path / "ours"), key)
+  b = initial_variables(lay(model), str(folder), key)
   jax.tree.map(np.testing.assert_array_equal, a, b)
   assert "mtp_modules" not in a["params"]
 

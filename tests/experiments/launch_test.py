@@ -193,9 +193,13 @@ def test_the_cpu_becomes_as_many_devices_as_sample(monkeypatch, before, after):
   monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
   for name, value in before.items():
     monkeypatch.setenv(name, value)
-  sections = {"rl": {"training_devices": 4}, "sft": {"sampling_devices": "x"}}
-  launch.offer_cpu_devices({"sampling_devices": 1})  # as a study's control
-  launch.offer_cpu_devices({"sampling_devices": 2, "stages": sections})
+
+  def mesh(data):
+    return dict(data=data, fsdp=2, expert=1, context=1, tensor=1)
+
+  sections = {"rl": {"mesh": mesh(2)}, "sft": {"sampling_mesh": mesh("x")}}
+  launch.offer_cpu_devices({"mesh": mesh(0)})  # as a study's control
+  launch.offer_cpu_devices({"sampling_mesh": mesh(1), "stages": sections})
   assert os.environ.get("JAX_NUM_CPU_DEVICES") == after
 
 
@@ -220,3 +224,58 @@ def test_a_run_asks_for_huge_pages_in_the_same_process(tmp_path, config):
   assert child.returncode == 0
   # One process, started anew once, with its arguments as they were.
   assert out == f"{child.pid} a.b.c=1:glibc.malloc.hugetlb=1 7 a b\n"
+
+
+def test_several_processes_share_the_cpu_devices(monkeypatch):
+  monkeypatch.delenv("JAX_NUM_CPU_DEVICES", raising=False)
+  mesh = dict(data=2, fsdp=4, expert=1, context=1, tensor=1)
+  launch.offer_cpu_devices({"mesh": mesh}, 2)
+  assert os.environ["JAX_NUM_CPU_DEVICES"] == "4"
+
+
+TWO = ("--coordinator_address=localhost:1", "--num_processes=2")
+
+
+@pytest.mark.parametrize(
+  "flags, text",
+  [
+    (TWO, "--process_id is missing: --coordinator_address, --num_processes"),
+    (("--process_id=0",), "--coordinator_address is missing"),
+    ((*TWO, "--process_id=2"), "--process_id=2 must lie within 0 and --num_pr"),
+    ((*TWO, "--process_id=a"), "--process_id=a"),
+    (
+      ("--coordinator_address=me", "--num_processes=2", "--process_id=0"),
+      "=me",
+    ),
+    ((*TWO, "--process_id=0"), "this run has 2 processes, but this experiment"),
+  ],
+)
+def test_processes_that_cannot_be_joined(capsys, config, flags, text):
+  message = error(capsys, config, "--workdir=w", *flags)
+  assert text in message and "Traceback" not in message
+
+
+def test_a_cluster_is_noticed_where_one_process_is_meant(
+  capsys, config, monkeypatch
+):
+  for name in ("JOB_ID", "STEP_NODELIST", "PROCID", "LOCALID"):
+    monkeypatch.setenv(f"SLURM_{name}", "0")
+  monkeypatch.setenv("SLURM_NTASKS", "1")
+  launched(config, "--workdir=w")
+  monkeypatch.setenv("SLURM_NTASKS", "4")
+  message = error(capsys, config, "--workdir=w")
+  assert "this run has 4 processes, but this experiment does not" in message
+
+
+def test_one_process_starts_nothing(config):
+  code = (
+    "import sys; from experiments import launch\n"
+    "launch.main(lambda c, w: None, 'Doc.', sys.argv, several_processes=True)\n"
+    "assert not {'jax', 'flax', 'orbax'} & set(sys.modules)"
+  )
+  command = [sys.executable, "-c", code, config, "--workdir=w"]
+  subprocess.run(command, check=True, env={**os.environ, "RLM_HUGE_PAGES": "1"})
+  one = ("--coordinator_address=me:1", "--num_processes=1", "--process_id=0")
+  subprocess.run(
+    [*command, *one], check=True, env={**os.environ, "RLM_HUGE_PAGES": "1"}
+  )

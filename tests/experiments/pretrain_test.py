@@ -1,7 +1,6 @@
 import importlib
 import json
 import os
-import pathlib
 import shutil
 import signal
 
@@ -17,14 +16,21 @@ from rlm.checkpoint.manager import restore_part
 from rlm.config import build, plain
 from rlm.eval import heldout
 from rlm.jsonl import read_jsonl
-from rlm.optim.config import ScheduleConfig
-from rlm.optim.schedule import batch_rows
-from tests.tiny_model import tiny_config, tiny_variables
+from rlm.models.transformer import Transformer
+from tests.tiny_model import lay, tiny_config, tiny_variables
 
 MODEL = dict(vocab_size=272, n_vocab_used=268)
 ROW_LENGTH = 48
-BATCH = dict(
-  rows=4, first_rows=2, ramp_steps=3, microbatch_rows=2, training_devices=2
+BATCH = dict(rows=8, first_rows=4, ramp_steps=3, microbatch_rows=4)
+ONE = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
+MESH = dict(ONE, fsdp=2, expert=2)
+EVAL = dict(
+  every_steps=4,
+  batch_rows=4,
+  use_ema=True,
+  task="sums",
+  levels=(2,),
+  problems_per_level=3,
 )
 
 
@@ -71,6 +77,7 @@ def config(tmp_path, **changes):
   c |= dict(
     steps=6,
     batch=BATCH,
+    mesh=MESH,
     mtp_weight=dict(
       peak=0.3,
       phases=(
@@ -82,14 +89,7 @@ def config(tmp_path, **changes):
     ema_decay=0.9,
     checkpoint_every_steps=3,
     peak_flops=1e12,
-    eval=dict(
-      every_steps=4,
-      batch_rows=4,
-      use_ema=True,
-      task="sums",
-      levels=(2,),
-      problems_per_level=3,
-    ),
+    eval=EVAL,
   )
   return c | changes
 
@@ -104,16 +104,19 @@ def compile_once():
   trainings, scorers = {}, {}
 
   def cached_training(cfg):
-    if cfg.model not in trainings:
-      trainings[cfg.model] = make_training(cfg)
-    return trainings[cfg.model]
+    key = (cfg.model, cfg.mesh)
+    if key not in trainings:
+      trainings[key] = make_training(cfg)
+    return trainings[key]
 
-  def cached_scorer(model):
-    return scorers.setdefault(model.cfg, make_score_rows(model))
+  def cached_scorer(layout):
+    if layout not in scorers:
+      scorers[layout] = make_score_rows(layout)
+    return scorers[layout]
 
-  def random_variables(model, key):
+  def random_variables(model, key, places):
     del key
-    return tiny_variables(model)
+    return jax.device_put(tiny_variables(model), places)
 
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(pretrain, "make_training", cached_training)
@@ -150,7 +153,7 @@ def quiet():
 
 
 def without_clock(summary):
-  return {k: v for k, v in summary.items() if k != "seconds"}
+  return {k: v for k, v in summary.items() if k not in ("seconds", "ledger")}
 
 
 def results(folder):
@@ -189,8 +192,8 @@ def test_a_run_reports_what_it_did(finished):
   records = read_jsonl(folder / "metrics.jsonl")
   assert [r["step"] for r in records] == list(range(6))
   assert summary["tokens"] == sum(r["tokens"] for r in records)
-  # Rows ramp 2, 2, 2 (not yet 3.3), 4, 4, 4, all nearly full.
-  assert records[0]["tokens"] < records[5]["tokens"] <= 4 * ROW_LENGTH
+  # Rows ramp 4, 4, 4 (not yet 6.7), 8, 8, 8, all nearly full.
+  assert records[0]["tokens"] < records[5]["tokens"] <= 8 * ROW_LENGTH
   evaluated = [r["step"] for r in records if "level/2/worked_accuracy" in r]
   assert evaluated == [3, 5]
   last = records[-1]
@@ -219,6 +222,12 @@ def test_a_run_reports_what_it_did(finished):
     timing[-1]["mfu"] * 1e12 / timing[-1]["tokens_per_second"],
     rtol=1e-6,
   )
+  # On four devices; what the CPU costs is not known.
+  assert summary["ledger"] == {
+    "flops": summary["flops"],
+    "mfu": summary["flops"] / 1e12 / summary["seconds"],
+    "device_hours": 4 * summary["seconds"] / 3600,
+  }
   inputs = json.loads((folder / "run.json").read_text())["inputs"]
   assert len(inputs["data"]["texts"]["train"]["sha256"]) == 64
 
@@ -260,15 +269,17 @@ def test_a_run_killed_and_stopped_repeats_to_the_bit(
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_batch(tmp_path, monkeypatch):
-  def broken(model, key):
+  def broken(model, key, places):
     del key
-    return jax.tree.map(lambda x: x * np.nan, tiny_variables(model))
+    variables = tiny_variables(model)
+    nothing = jax.tree.map(lambda x: x * np.nan, variables["params"])
+    return jax.device_put({**variables, "params": nothing}, places)
 
   monkeypatch.setattr(initial, "random_variables", broken)
   with pytest.raises(FloatingPointError, match="step 0: grad_norm = nan"):
     pretrain.run(config(tmp_path), tmp_path / "run", console=quiet())
   with np.load(tmp_path / "run" / "nonfinite_step_000000.npz") as batch:
-    assert batch["tokens"].shape == (2, 2, ROW_LENGTH)
+    assert batch["tokens"].shape == (2, 4, ROW_LENGTH)
   assert not list((tmp_path / "run" / "checkpoints").glob("[0-9]*"))
 
 
@@ -281,6 +292,23 @@ def test_a_finished_run_says_so(finished, tmp_path):
     )
   assert again == summary
   assert "is finished" in out.read_text()
+
+
+def test_parameters_go_from_one_mesh_to_another_but_a_run_stays(finished):
+  """To the bit; and each device then holds its part."""
+  c, folder, _ = finished
+  saved = restore_part(folder / "checkpoints", "variables")
+  model = Transformer(build(pretrain.Config, c).model)
+  for sizes in (dict(data=2), dict(fsdp=4, tensor=2), dict(expert=4)):
+    layout = lay(model, **sizes)
+    found = initial.initial_variables(layout, str(folder), jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, found, saved)
+    for leaf, place in zip(
+      *map(jax.tree.leaves, (found, layout.shardings(found))), strict=True
+    ):
+      assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+  with pytest.raises(ValueError, match=r"mesh\.expert: 2 -> 1"):
+    pretrain.run(c | dict(mesh=ONE), folder, console=quiet())
 
 
 def test_the_start_may_move_but_not_change(finished, tmp_path, monkeypatch):
@@ -335,25 +363,27 @@ def test_a_start_of_another_model_is_refused(finished, tmp_path):
     (dict(steps=0), "steps=0 must be at least 1"),
     (
       dict(batch=dict(BATCH, first_rows=3)),
-      "config.batch: first_rows=3 and rows=4 must be multiples of"
-      " microbatch_rows=2",
+      "config.batch: first_rows=3 and rows=8 must be multiples of"
+      " microbatch_rows=4",
     ),
     (
-      dict(batch=dict(BATCH, training_devices=3)),
-      "config.batch: microbatch_rows=2 cannot be divided among 3 devices. Make"
-      " it a multiple of training_devices",
+      dict(mesh=dict(MESH, data=3)),
+      "batch.microbatch_rows=4 cannot be divided among the 12 parts of mesh"
+      r" \(data=3 x fsdp=2 x expert=2\). Make it a multiple of them",
     ),
     (
-      dict(
-        batch=dict(
-          rows=9,
-          first_rows=9,
-          ramp_steps=0,
-          microbatch_rows=9,
-          training_devices=9,
-        )
-      ),
-      "batch.training_devices=9, but jax has 8 devices",
+      dict(mesh=dict(ONE, context=5)),
+      "mesh.context=5 does not divide data.row_length=48",
+    ),
+    (
+      dict(mesh=dict(ONE, data=4, context=2, tensor=2)),
+      "mesh needs data=4 x fsdp=1 x expert=1 x context=2 x tensor=2 = 16"
+      " devices, but jax has 8",
+    ),
+    (
+      dict(mesh=dict(ONE, tensor=4)),
+      "mesh.tensor=4 does not divide num_attention_heads=2. Make it one of 1,"
+      " 2",
     ),
     (dict(ema_decay=None), "eval.use_ema needs averaged weights"),
     (dict(tasks={}), "eval.task='sums' is not among the tasks"),
@@ -421,63 +451,11 @@ def test_a_dense_student_learns_from_traces(tmp_path):
     )
   )
   c["schedule"]["peak"] = 0.05
+  with pytest.raises(ValueError, match="mesh.expert=2, but the model has no e"):
+    distill.run(c, tmp_path / "run", console=quiet())
+  c["mesh"] = dict(ONE, data=2, fsdp=2)
   summary = distill.run(c, tmp_path / "run", console=quiet())
   records = read_jsonl(tmp_path / "run" / "metrics.jsonl")
   assert summary["loss"] < 0.8 * records[0]["loss/next_token"]
   assert "expert_load" not in records[0]
   assert records[0]["tokens"] % 13 == 0
-
-
-@pytest.mark.parametrize(
-  "path",
-  [f"configs/pretrain/{n}.py" for n in ("deepseek_v3", "deepseek_v2_lite")],
-)
-def test_the_large_configs_go_through_a_step_by_its_shapes(path):
-  """Nothing of the 671B is computed."""
-  cfg = build(pretrain.Config, load(path))
-  model, start, step = pretrain.make_training(cfg)
-  state = jax.eval_shape(start, initial.shapes(model))
-  b = cfg.batch
-  lead = (b.rows // b.microbatch_rows, b.microbatch_rows)
-  row = jax.ShapeDtypeStruct((*lead, cfg.data.row_length), np.int32)
-  batch = dict.fromkeys(("tokens", "positions", "segment_ids"), row)
-  batch["loss_mask"] = jax.ShapeDtypeStruct(row.shape, np.bool_)
-  batch["num_live"] = jax.ShapeDtypeStruct((), np.int32)
-  batch |= pretrain.make_rates(cfg)(0)
-  after, metrics = jax.eval_shape(step, state, batch, jax.random.key(0))
-  assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-    lambda x: (x.shape, x.dtype), state
-  )
-  assert metrics["loss"].shape == ()
-
-
-def test_schedules_of_the_large_configs_end_with_their_steps():
-  for name in ("deepseek_v3", "deepseek_v2_lite"):
-    cfg = build(pretrain.Config, load(f"configs/pretrain/{name}.py"))
-    for schedule in (cfg.schedule, cfg.mtp_weight, cfg.bias_update_rate):
-      if isinstance(schedule, ScheduleConfig):
-        assert sum(p.steps for p in schedule.phases) == cfg.steps
-    rows = [
-      batch_rows(
-        step,
-        first_rows=cfg.batch.first_rows,
-        last_rows=cfg.batch.rows,
-        ramp_steps=cfg.batch.ramp_steps,
-        multiple=cfg.batch.microbatch_rows,
-      )
-      for step in range(cfg.batch.ramp_steps + 1)
-    ]
-    tokens = (sum(rows[:-1]) + (cfg.steps - len(rows) + 1) * rows[-1]) * 4096
-    trained_on = {"deepseek_v3": 14.8e12, "deepseek_v2_lite": 5.7e12}[name]
-    assert abs(tokens / trained_on - 1) < 0.002
-
-
-def test_configs_of_fine_tuning_pass_its_checks():
-  for path in pathlib.Path("configs/sft").glob("*.py"):
-    c = load(str(path))
-    if (
-      c["init_from"] is not None
-    ):  # else the sizes are those of a model to come
-      sft.check(build(sft.Config, c))
-  for path in pathlib.Path("configs/distill").glob("*.py"):
-    distill.check(build(distill.Config, load(str(path))))

@@ -16,7 +16,7 @@ from rlm.files import read_json
 from rlm.jsonl import read_jsonl
 
 # A clock writes these; `init_from` and such name the folder.
-CLOCKS = ("seconds", "seconds_total")
+CLOCKS = ("seconds", "seconds_total", "ledger")
 
 
 def without_clocks(value):

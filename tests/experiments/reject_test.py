@@ -42,7 +42,7 @@ def config(policy, **rejection_changes):
     | rejection_changes,
     sampling=dict(temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=40),
     slots=4,
-    sampling_devices=1,
+    sampling_mesh=dict(data=1, fsdp=1, expert=1, context=1, tensor=1),
     prompt_length=16,
   )
 

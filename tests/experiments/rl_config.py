@@ -66,8 +66,8 @@ def get_config():
     temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=34, stop_tokens=()
   )
   c.slots, c.prompt_length = 32, 16
-  c.mesh = dict(data=1, fsdp=1, expert=1, context=1, tensor=1)
-  c.sampling_mesh = dict(c.mesh, data=2)
+  c.mesh = dict(data=1, fsdp=1, expert=2, context=1, tensor=1)
+  c.sampling_mesh = dict(data=2, fsdp=1, expert=1, context=1, tensor=1)
   c.replay_routes = True
   c.objective = dict(
     name="grpo",
@@ -96,6 +96,6 @@ def get_config():
   c.monitor_kl = False
   c.diagnostics_every_steps = 2
   c.traces_every_steps, c.traces_per_step = 2, 1
-  c.checkpoint_every_steps, c.keep_checkpoints = 2, 2
+  c.checkpoint_every_steps, c.keep_checkpoints, c.keep_best = 2, 2, None
   c.on_nonfinite = "stop"
   return c

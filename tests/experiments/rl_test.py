@@ -257,7 +257,7 @@ def evaluate_config(run):
     ),
     sampling=dict(get_config().sampling),
     slots=get_config().slots,
-    sampling_devices=1,
+    sampling_mesh=dict(data=1, fsdp=1, expert=1, context=1, tensor=1),
     prompt_length=get_config().prompt_length,
   )
 
@@ -287,6 +287,9 @@ def evaluate_config(run):
     ),
     ({"objective.name": "gpro"}, r"config.objective.name: .* 'grpo'"),
     ({"objective.clip_high": -0.1}, r"clip_high=-0\.1 is negative"),
+    ({"mesh.fsdp": 8}, r"microbatch_rows=8 cannot be divided among the 16 pa"),
+    ({"mesh.tensor": 3}, r"mesh\.tensor=3 does not divide num_attention_heads"),
+    ({"sampling_mesh.data": 3}, r"slots=32 cannot be divided among the 3"),
     ({"selection.microbatch_rows": 3}, r"rows_per_rollout=32 does not split"),
     ({"rewards": {"acuracy": 1.0}}, r"unknown reward 'acuracy'.*'accuracy'"),
   ],

@@ -59,7 +59,7 @@ def assert_exact(function, *args):
 def test_every_product_of_training_is_exact(implementation, monkeypatch):
   # More tokens than the dense form takes, which decoding covers.
   monkeypatch.setattr(
-    "rlm.models.moe.default_implementation", lambda: implementation
+    "rlm.models.experts.default_implementation", lambda: implementation
   )
   monkeypatch.setattr(
     grouped_matmul, "default_implementation", lambda: implementation
@@ -100,7 +100,7 @@ def inexact_calls(source):
       tuple(f".{product}" for product in PRODUCTS)
     )
     decided = any(
-      ast.unparse(keyword).startswith("**exact_sums(")
+      ast.unparse(keyword).startswith(("**exact_sums(", "**exact_rounded("))
       for keyword in node.keywords
     )
     if of_jax and not decided:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlm.models import moe
+from rlm.models import experts, moe
 from tests.fast_jit import fast_jit
 from tests.models import families, reference
 from tests.tiny_model import tiny_config
@@ -197,7 +197,7 @@ def expert_ids(kind):
 
 
 @functools.cache
-def compiled(form, dtype="float32"):
+def compiled(form, dtype="float32", rows=None):
   """(ids) -> value, gradients of x, gates and the three weights."""
   rng = np.random.default_rng(0)
 
@@ -208,8 +208,13 @@ def compiled(form, dtype="float32"):
   weights = (normal(E, D, F), normal(E, D, F), normal(E, F, D))
 
   def value(x, gates, weights, ids):
-    return moe.routed_experts(
-      jnp.asarray(x, dtype), gates, ids, weights, implementation=form
+    return experts.routed_experts(
+      jnp.asarray(x, dtype),
+      gates,
+      ids,
+      weights,
+      implementation=form,
+      rows=rows,
     )
 
   def run(x, gates, weights, ids):
@@ -252,6 +257,22 @@ def test_forms_agree_on_any_routes(flat):
     np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [4, 17, 1000])
+@pytest.mark.parametrize("form", ["blocks", "ragged"])
+def test_choices_elsewhere_and_passes_change_nothing(form, rows):
+  """An id of E is of another device; 4 rows of room are passed many times."""
+  ids = expert_ids("any")
+  partly = np.where(np.arange(N * K).reshape(N, K) % 3, E, ids)
+  for some in (ids, partly, np.full_like(ids, E), expert_ids("one expert")):
+    _, want, want_gradients = compiled("dense")(some)
+    _, out, gradients = compiled(form, rows=rows)(some)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    for a, b in zip(
+      *map(jax.tree.leaves, (gradients, want_gradients)), strict=True
+    ):
+      np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_bfloat16_experts_have_float32_gradients(form):
   ids = expert_ids("any")
@@ -270,11 +291,13 @@ def test_the_form_follows_the_number_of_tokens(monkeypatch):
   taken = []
   for name in ("dense", "grouped"):
     monkeypatch.setattr(
-      moe, f"routed_experts_{name}", lambda *a, name=name: taken.append(name)
+      experts,
+      f"routed_experts_{name}",
+      lambda *a, name=name: taken.append(name),
     )
   weights = (np.zeros((E, D, F)),) * 3
-  for tokens in (moe.DENSE_TOKENS, moe.DENSE_TOKENS + 1):
-    moe.routed_experts(np.zeros((tokens, D)), None, None, weights)
+  for tokens in (experts.DENSE_TOKENS, experts.DENSE_TOKENS + 1):
+    experts.routed_experts(np.zeros((tokens, D)), None, None, weights)
   assert taken == ["dense", "grouped"]
 
 

@@ -11,26 +11,35 @@ from rlm.rl.learner import Learner
 from rlm.rl.objectives import OBJECTIVES
 from rlm.train import TrainState, init_state
 from tests.rl.loss_test import make_batch
-from tests.tiny_model import tiny_model
+from tests.tiny_model import lay, tiny_model
 
 TX = optax.sgd(1.0)
 # What the learner computes itself.
 COMPUTED = ("old_logprobs", "old_flips", "ref_logprobs")
 
 
-def minibatch(name, seed):
-  batch = make_batch(OBJECTIVES[name], seed=seed)
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+  """All that runs here is tiny."""
+  before = jax.config.values["jax_disable_most_optimizations"]
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", before)
+
+
+def minibatch(name, seed, **sizes):
+  batch = make_batch(OBJECTIVES[name], seed=seed, **sizes)
   return {k: v for k, v in batch.items() if k not in COMPUTED}
 
 
 @functools.cache
-def learner(name, num_minibatches, microbatch_rows):
+def learner(name, num_minibatches, microbatch_rows, rows=6, **mesh):
   model, _ = tiny_model()
   return Learner(
-    model,
+    lay(model, **mesh),
     OBJECTIVES[name],
     SelectionConfig(
-      "all", 6 * num_minibatches, num_minibatches, microbatch_rows
+      "all", rows * num_minibatches, num_minibatches, microbatch_rows
     ),
     tx=TX,
     schedule=lambda step: 0.3,
@@ -122,3 +131,70 @@ def test_diagnose_adds_the_kl_that_the_loss_lacks():
   assert float(diagnose(same, same, batch)["kl"]) == 0.0
   assert float(diagnose(same, moved, batch)["kl"]) > 1e-4
   assert "kl" not in diagnose(same, None, batch)
+
+
+def assert_same_update(one, other, batches):
+  """Within 1e-5 of parameters, about 1e-4 of the largest change."""
+  found = []
+  for each in (one, other):
+    policy, metrics = each.update(
+      start(), start().variables, batches, jax.random.key(0)
+    )
+    found.append((policy, metrics))
+  (alone, expected), (divided, got) = jax.device_get(found)
+  assert_same_metrics(got, expected)
+  moved = 0.0
+  for a, b, before in zip(
+    *map(jax.tree.leaves, (alone, divided, start())), strict=True
+  ):
+    np.testing.assert_allclose(b, a, atol=1e-5)
+    moved = max(moved, float(np.abs(a - before).max()) if a.ndim else 0)
+  assert moved > 0.05
+
+
+def assert_same_metrics(got, expected):
+  assert got.keys() == expected.keys() and got
+  for name, value in expected.items():
+    np.testing.assert_allclose(
+      got[name], value, rtol=1e-4, atol=1e-6, err_msg=name
+    )
+
+
+MESH = dict(data=2, fsdp=2, expert=2)
+
+
+@pytest.mark.full  # a run of experiments.rl on a mesh: rl_test
+def test_an_update_on_a_mesh_is_that_of_one_device():
+  """With log-probs of a reference, which are computed on the mesh too."""
+  assert_same_update(
+    learner("grpo", 1, 8, rows=8),
+    learner("grpo", 1, 8, rows=8, **MESH),
+    [minibatch("grpo", 0, extra_rows=2)],
+  )
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mesh", [MESH, dict(fsdp=2, tensor=2)], ids=str)
+def test_minibatches_and_measurements_on_a_mesh(mesh):
+  batches = [minibatch("grpo", seed, extra_rows=2) for seed in (0, 1)]
+  one = learner("grpo", 2, 8, rows=8)
+  other = learner("grpo", 2, 8, rows=8, **mesh)
+  assert_same_update(one, other, batches)
+  moved = start().variables
+  moved["params"]["head"] *= 1.1
+  measured, divided = (
+    {
+      **each.diagnose(start().variables, moved, batches[0]),
+      **each.compare(start().variables, batches[0]),
+    }
+    for each in (one, other)
+  )
+  assert "mtp_acceptance" in measured
+  assert_same_metrics(divided, measured)
+
+
+def test_rows_divided_among_devices_are_refused():
+  with pytest.raises(
+    ValueError, match=r"mesh\.context=2: RL scores each token .* fsdp higher"
+  ):
+    learner("grpo", 1, 8, rows=8, context=2)

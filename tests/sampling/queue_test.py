@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rlm.models.cache import TokenCache, write_entry
-from rlm.sampling import loop
 from rlm.parallel.config import replicas
 from rlm.parallel.shard import WHOLE
+from rlm.sampling import loop
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
 

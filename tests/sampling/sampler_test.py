@@ -21,7 +21,7 @@ from tests.sampling.tiny_sampler import (
   sharp_variables,
   take,
 )
-from tests.tiny_model import tiny_config, tiny_model
+from tests.tiny_model import mesh_of, tiny_config, tiny_model
 
 
 def pack(prompts, completions):
@@ -353,11 +353,23 @@ def test_other_models(changes):
       "need 70 positions; the model has max_position_embeddings=64",
     ),
     (dict(slots=0), "slots=0 and prompt_length=32 must both be at least 1"),
-    (dict(devices=0), "slots=16 cannot be divided among 0 devices"),
-    (dict(devices=3), "slots=16 cannot be divided among 3 devices. Make slots"),
     (
-      dict(devices=16),
-      "sampling_devices=16, but jax has 8 devices",
+      dict(mesh=mesh_of(data=3)),
+      "slots=16 cannot be divided among the 3 parts of sampling_mesh .data=3 x"
+      " fsdp=1 x expert=1.. Make slots a multiple",
+    ),
+    (
+      dict(mesh=mesh_of(data=16)),
+      "sampling_mesh needs data=16 x .* = 16 devices, but jax has 8",
+    ),
+    (
+      dict(mesh=mesh_of(context=2)),
+      "sampling_mesh.context=2: decoding adds one token to a row",
+    ),
+    (
+      dict(mesh=mesh_of(tensor=3)),
+      "sampling_mesh.tensor=3 does not divide num_attention_heads=2. Make it"
+      " one of 1, 2",
     ),
     (dict(steps_per_call=0), "steps_per_call=0 must be at least 1"),
     (dict(stop_tokens=(21,)), "stop token 21 is not an id in use"),

@@ -5,10 +5,9 @@ import functools
 import jax
 import numpy as np
 
-from rlm.parallel.config import replicas
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.sampler import Sampler
-from tests.tiny_model import tiny_model
+from tests.tiny_model import mesh_of, tiny_model
 
 EOS, PAD = 19, 20
 FIELDS = ("tokens", "lengths", "finished", "logprobs", "prompt_lengths")
@@ -24,7 +23,7 @@ def make_sampler(
   *,
   slots=16,
   prompt_length=32,
-  devices=1,
+  mesh=None,
   steps_per_call=None,
   model=None,
   **changes,
@@ -38,7 +37,7 @@ def make_sampler(
     sampling_config(**changes),
     slots=slots,
     prompt_length=prompt_length,
-    mesh=replicas(devices),
+    mesh=mesh or mesh_of(),
     eos_token=EOS,
     pad_token=PAD,
     steps_per_call=steps_per_call,
