@@ -23,10 +23,6 @@ from typing import Any
 
 from absl import flags
 
-from experiments import launch
-from rlm import hardware
-from rlm.config import build
-
 GB = 1e9
 
 
@@ -76,7 +72,7 @@ def compile_program(program: Any) -> tuple[Any, dict[str, float]]:
   return compiled, {"lower": lowered_at - began, "compile": now - lowered_at}
 
 
-def memory_of(compiled: Any, program: Any, chip: hardware.Chip) -> dict:
+def memory_of(compiled: Any, program: Any, chip: Any) -> dict:
   """Bytes of a chip."""
   import jax
 
@@ -148,8 +144,9 @@ def expected_rows(program: Any) -> tuple[float, float]:
   return float(distinct * tokens), float(tokens * c.num_experts_per_tok)
 
 
-def analyse(text: str, program: Any, chip: hardware.Chip, flops: float) -> dict:
+def analyse(text: str, program: Any, chip: Any, flops: float) -> dict:
   """Work, traffic and the predicted step, from the compiled program's text."""
+  from rlm import hardware
   from tools import (
     hlo_groups,
     hlo_loops,
@@ -257,6 +254,8 @@ def report(values: flags.FlagValues) -> dict[str, Any]:
   Raises:
     ValueError: the slice is unknown, or the config does not fit it.
   """
+  from rlm import hardware
+  from rlm.config import build
   from tools import ahead
 
   kind = values.topology.split(":")[0]
@@ -390,8 +389,12 @@ def main(argv: list[str] | None = None) -> None:
     if values.json:
       pathlib.Path(values.json).write_text(json.dumps(figures, indent=1) + "\n")
 
+  from experiments import launch
+
   launch.configured_command(body, __doc__, values, argv)
 
 
 if __name__ == "__main__":
+  # As `python tools/compile_only.py` too, which finds the tools only.
+  sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
   main()

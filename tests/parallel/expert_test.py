@@ -150,7 +150,7 @@ LOADS = (
   "way",
   [
     pytest.param(way, marks=pytest.mark.full)
-    if way == "chunks on two levels"
+    if way in ("chunks on two levels", "one level in spite of groups")
     else way
     for way in WAYS
   ],

@@ -286,7 +286,9 @@ def test_the_death_of_another_process_is_noticed_in_a_minute(
   "fault, code, reason",
   [
     ("raise:0:5", 1, "RuntimeError: the disk of this host is on fire"),
-    ("mistake:1:5", 2, "this host has no such file"),
+    pytest.param(
+      "mistake:1:5", 2, "this host has no such file", marks=pytest.mark.full
+    ),
     pytest.param("exit:1:5", 1, "SystemExit: 3", marks=pytest.mark.full),
     pytest.param("raise:1:0", 1, "RuntimeError: ", marks=pytest.mark.full),
   ],

@@ -211,7 +211,7 @@ def test_the_ragged_transport_too(monkeypatch, mesh):
 @pytest.mark.parametrize(
   ("name", "mesh"),
   [
-    ("v2", dict(fsdp=2, expert=2, context=2)),
+    pytest.param("v2", dict(fsdp=2, expert=2, context=2), marks=full),
     ("qwen2", dict(context=2, tensor=2, data=2)),
     pytest.param("qwen3", dict(context=2, tensor=2, fsdp=2), marks=full),
   ],
