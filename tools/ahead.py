@@ -168,6 +168,9 @@ def serving_programs(
 
   prompts = cfg.mesh.row_shards
   prompt = context - steps
+  chunk = model_cfg.attention_chunk
+  if 0 < chunk < prompt:
+    prompt -= prompt % chunk
   held = jax.eval_shape(lambda: programs.start(slots))
   places = programs.start.lower(slots).out_info
   held = jax.tree.map(
