@@ -338,6 +338,11 @@ def show(figures: dict[str, Any]) -> None:
     )
     for line in memory["shards_of_no_whole_8_rows"][:6]:
       print(f"  {line}")
+  if figures["worst_rows_received"]:
+    print(
+      f"a chip has room for {figures['worst_rows_received']} rows of tokens at"
+      " its experts, the worst case of routing"
+    )
   tokens = figures["tokens_per_device"]
   table = Table(title="sent by a chip")
   for column in ("collective", "times", "GB", "MB a token"):

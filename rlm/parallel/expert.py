@@ -29,6 +29,7 @@ the group. That is V3's path over InfiniBand, then NVLink (section 3.2); on a
 torus the first hops are the long ones.
 """
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -60,7 +61,7 @@ class Plan(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Level:
+class Level(abc.ABC):
   """One leg of the way: R peers, among whom the experts are divided in order.
 
   Attributes:
@@ -119,13 +120,13 @@ class Level:
   def _everyone(self, x: jax.Array) -> jax.Array:
     return jax.lax.all_gather(x, "expert", axis_index_groups=self.groups)
 
+  @abc.abstractmethod
   def send(self, rows: jax.Array, plan: Plan) -> jax.Array:
     """[n, W] -> [M, W]: the rows that this device receives, zeros for none."""
-    raise NotImplementedError
 
+  @abc.abstractmethod
   def give_back(self, rows: jax.Array, plan: Plan) -> jax.Array:
     """[M, W] -> [n, W]: the sum of what peers made of each token."""
-    raise NotImplementedError
 
   def received(self, tokens: int) -> int:
     """M, rows that a device has room for."""
