@@ -20,6 +20,7 @@ from rlm.kernels.grouped_matmul import (
 from rlm.kernels.product import einsum
 from rlm.models.layers import dot
 from rlm.models.quantized import operand
+from rlm.parallel.expert import sum_rows, take_rows
 
 
 @flax.struct.dataclass
@@ -83,44 +84,30 @@ def _assign_slots(
   return _Slots(gate_of // k, choice.reshape(n, k), gate_of, group_sizes)
 
 
-def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-  """Rows of [N, D] by index; zeros for an index past the end."""
-  return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
-
-
-def _sum_choices(rows, choice, gates=None):
-  """float32 [N, D]: the rows [M, D] of each token's choices, weighed."""
-  total = jnp.zeros((choice.shape[0], rows.shape[1]), jnp.float32)
-  for k in range(choice.shape[1]):
-    part = _take_rows(rows, choice[:, k]).astype(jnp.float32)
-    total += part if gates is None else gates[:, k, None] * part
-  return total
-
-
 @jax.custom_vjp
 def _dispatch(x, slots):
   """[N, D] -> [M, D]. Its transpose is a sum over K of gathers, no scatter."""
-  return _take_rows(x, slots.token)
+  return take_rows(x, slots.token)
 
 
 _dispatch.defvjp(
   lambda x, slots: (_dispatch(x, slots), slots),
-  lambda slots, dy: (_sum_choices(dy, slots.choice).astype(dy.dtype), None),
+  lambda slots, dy: (sum_rows(dy, slots.choice).astype(dy.dtype), None),
 )
 
 
 @jax.custom_vjp
 def _combine(y, gates, slots):
   """[M, D], gates [N, K] -> sum over K of gate * row, float32 [N, D]."""
-  return _sum_choices(y, slots.choice, gates)
+  return sum_rows(y, slots.choice, gates)
 
 
 def _combine_bwd(residuals, dout):
   y, gates, slots = residuals
-  gate = _take_rows(gates.reshape(-1, 1), slots.gate_of)
-  dout_rows = _take_rows(dout, slots.token)
+  gate = take_rows(gates.reshape(-1, 1), slots.gate_of)
+  dout_rows = take_rows(dout, slots.token)
   dgate = (dout_rows * y.astype(jnp.float32)).sum(axis=1, keepdims=True)
-  dgates = _take_rows(dgate, slots.choice.reshape(-1)).reshape(gates.shape)
+  dgates = take_rows(dgate, slots.choice.reshape(-1)).reshape(gates.shape)
   return (gate * dout_rows).astype(y.dtype), dgates, None
 
 

@@ -161,10 +161,10 @@ class Padded(Level):
     )
 
   def send(self, rows, plan):
-    return self._swap(_take(rows, plan.token.reshape(-1)))
+    return self._swap(take_rows(rows, plan.token.reshape(-1)))
 
   def give_back(self, rows, plan):
-    return _sum_slots(self._swap(rows), plan.slot)
+    return sum_rows(self._swap(rows), plan.slot).astype(rows.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,7 @@ class Ragged(Level):
       (self.received(rows.shape[0]), rows.shape[1]), rows.dtype
     )
     return exchange_rows(
-      _take(rows, index), buffer, *out, *inward, groups=self.groups
+      take_rows(rows, index), buffer, *out, *inward, groups=self.groups
     )
 
   def give_back(self, rows, plan):
@@ -197,9 +197,8 @@ class Ragged(Level):
     )
     peer, place = jnp.divmod(plan.slot, self.slots(n))
     dense = starts[jnp.minimum(peer, self.peers - 1)] + place
-    return _sum_slots(
-      back, jnp.where(peer < self.peers, dense, n * most).astype(jnp.int32)
-    )
+    slot = jnp.where(peer < self.peers, dense, n * most).astype(jnp.int32)
+    return sum_rows(back, slot).astype(rows.dtype)
 
   def _outgoing(self, plan):
     """Starts and sizes of what this device sends, and the tokens in it."""
@@ -265,17 +264,29 @@ def exchange_rows(
   )
 
 
-def _take(rows: jax.Array, index: jax.Array) -> jax.Array:
+def take_rows(rows: jax.Array, index: jax.Array) -> jax.Array:
   """Rows of [N, W] by index; zeros for an index past the end."""
   return jnp.take(rows, index, axis=0, mode="fill", fill_value=0)
 
 
-def _sum_slots(rows: jax.Array, slot: jax.Array) -> jax.Array:
-  """[S, W] and int32 [n, J] -> [n, W], summed in float32."""
+def sum_rows(
+  rows: jax.Array, slot: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
+  """The sum of each token's rows, in the order of its slots.
+
+  Args:
+    rows: [S, W].
+    slot: int32 [n, J]; S or more for none.
+    weights: float32 [n, J], or None for 1.
+
+  Returns:
+    float32 [n, W].
+  """
   total = jnp.zeros((slot.shape[0], rows.shape[1]), jnp.float32)
   for j in range(slot.shape[1]):
-    total += _take(rows, slot[:, j]).astype(jnp.float32)
-  return total.astype(rows.dtype)
+    part = take_rows(rows, slot[:, j]).astype(jnp.float32)
+    total += part if weights is None else weights[:, j, None] * part
+  return total
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
