@@ -119,9 +119,8 @@ class Config:
         f" prompts_per_step={self.prompts_per_step}."
       )
     self.selection.check(self.prompts_per_step, self.group_size)
-    self.mesh.check_rows(
-      "mesh", "selection.microbatch_rows", self.selection.microbatch_rows
-    )
+    self.selection.check_mesh(self.mesh)
+    self.sampling_mesh.check_decodes("sampling_mesh")
 
 
 # A run may go on with other values of these, as they change no result; of

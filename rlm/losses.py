@@ -7,13 +7,12 @@ same value and gradient.  A mean inside each microbatch would not: rows hold
 unequal numbers of targets.
 
 Logits never exist for all tokens and all ids at once when `chunk` is set:
-`token_logprobs` walks over the vocabulary with an online softmax and
-recomputes each piece in the backward pass.
+`token_logprobs` walks over the vocabulary, joins the softmax of its parts and
+recomputes each part in the backward pass.
 
 In this file N counts tokens (rows times positions), V ids.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -22,6 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from rlm.kernels.product import einsum
+from rlm.kernels.recomputed import map_recomputed
+from rlm.models.moe import Routing
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.parallel.shard import WHOLE, Whole
 
@@ -37,32 +38,47 @@ class Aux(NamedTuple):
     expert_load: float32 [L, E], tokens sent to each expert of each MoE layer.
     mtp_expert_load: float32 [depth, E], the same in the MTP modules; None
       where the loss does not run them, which leaves their bias as it is.
+    choices: float32 [2] of `count_choices`.
   """
 
   metrics: dict[str, jax.Array]
   expert_load: jax.Array
   mtp_expert_load: jax.Array | None
+  choices: jax.Array
 
 
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Aux]]
 
 
+def count_choices(*routings: Routing) -> jax.Array:
+  """Choices of an expert by a token, padding too: the dropped ones, and all.
+
+  Args:
+    routings: with a leading axis of layers.
+
+  Returns:
+    float32 [2].
+  """
+  dropped = sum(routing.dropped.sum() for routing in routings)
+  total = sum(routing.expert_ids.size for routing in routings)
+  return jnp.stack([jnp.asarray(dropped), jnp.float32(total)])
+
+
 class _Softmax(NamedTuple):
-  """Running softmax over the ids seen so far, each float32 [N]."""
+  """Softmax over some ids, each float32 [N], or [parts, N] of parts of them."""
 
   top: jax.Array  # largest logit
   total: jax.Array  # sum of exp(logit - top)
   mean: jax.Array  # sum of exp(logit - top) * (logit - top)
-  target: jax.Array  # the target's logit, -inf until its id was met
+  target: jax.Array  # the target's logit, 0 if it is of other ids
 
 
-def _merge(
-  seen: _Softmax, logits: jax.Array, first_id: jax.Array, targets: jax.Array
+def _softmax_of(
+  logits: jax.Array, first_id: jax.Array, targets: jax.Array
 ) -> _Softmax:
-  """Adds the logits [N, c] of the ids first_id, first_id + 1, ..."""
+  """Of the logits [N, c] of the ids first_id, first_id + 1, ..."""
   # The result does not depend on `top`, so no gradient needs to pass it.
-  top = jnp.maximum(seen.top, jax.lax.stop_gradient(logits.max(axis=1)))
-  shift = seen.top - top
+  top = jax.lax.stop_gradient(logits.max(axis=1))
   shifted = logits - top[:, None]
   mass = jnp.exp(shifted)
   ids = first_id + jnp.arange(logits.shape[1], dtype=jnp.int32)
@@ -70,14 +86,22 @@ def _merge(
   is_target = ids[None, :] == targets[:, None]
   return _Softmax(
     top=top,
-    total=seen.total * jnp.exp(shift) + mass.sum(axis=1),
-    mean=(seen.mean + shift * seen.total) * jnp.exp(shift)
-    + (mass * shifted).sum(axis=1),
-    target=jnp.where(
-      is_target.any(axis=1),
-      jnp.where(is_target, logits, 0.0).sum(axis=1),
-      seen.target,
-    ),
+    total=mass.sum(axis=1),
+    mean=(mass * shifted).sum(axis=1),
+    target=jnp.where(is_target, logits, 0.0).sum(axis=1),
+  )
+
+
+def _joined(parts: _Softmax) -> _Softmax:
+  """Over the ids of all parts; [parts, N] -> [N]."""
+  top = parts.top.max(axis=0)
+  shift = parts.top - top[None]
+  mass = jnp.exp(shift)
+  return _Softmax(
+    top=top,
+    total=(parts.total * mass).sum(axis=0),
+    mean=((parts.mean + shift * parts.total) * mass).sum(axis=0),
+    target=parts.target.sum(axis=0),
   )
 
 
@@ -91,7 +115,7 @@ def _softmax(
   chunk: int,
   shard: Whole,
 ) -> _Softmax:
-  """The softmax statistics of hidden @ head over the ids in use."""
+  """Of hidden @ head over the ids in use; target -inf where it is not one."""
   chex.assert_rank([hidden, head, targets], [2, 2, 1])
   if not 0 < n_vocab_used <= head.shape[1]:
     raise ValueError(
@@ -103,44 +127,37 @@ def _softmax(
       f"{chunk=} is negative. Give the ids per vocabulary chunk, or 0 for the"
       " whole vocabulary at once."
     )
-  n_tokens = hidden.shape[0]
   # Ids that no tokenizer produces are cut off, which masks them for nothing.
   head = head[:, :n_vocab_used].astype(hidden.dtype)
 
-  def merge(seen, head_chunk, first_id):
-    whole = shard.matrices({"head": head_chunk}, hidden.dtype)
-    head_chunk = whole["head"]
-    logits = einsum("ND,DV->NV", hidden, head_chunk)
-    return _merge(seen, logits / temperature, first_id, targets)
+  def of_part(shared, part):
+    hidden, targets, temperature = shared
+    head_part, first_id = part
+    matrix = shard.matrices({"head": head_part}, hidden.dtype)["head"]
+    logits = einsum("ND,DV->NV", hidden, matrix) / temperature
+    return _softmax_of(logits, first_id, targets)
 
-  # Finite, as -inf - -inf is not a number; below any float32 logit that
-  # a finite model gives.
-  seen = _Softmax(
-    top=jnp.full(n_tokens, -1e30, jnp.float32),
-    total=jnp.zeros(n_tokens, jnp.float32),
-    mean=jnp.zeros(n_tokens, jnp.float32),
-    target=jnp.full(n_tokens, -jnp.inf, jnp.float32),
-  )
+  shared = (hidden, targets, jnp.asarray(temperature, jnp.float32))
   if chunk == 0 or chunk >= n_vocab_used:
-    return merge(seen, head, jnp.int32(0))
-
-  n_chunks = n_vocab_used // chunk
-  whole = n_chunks * chunk
-  # As scanned inputs, not as slices of a constant: the gradient of a slice
-  # is as large as the head, once per chunk.
-  head_chunks = (
-    head[:, :whole].reshape(-1, n_chunks, chunk).transpose((1, 0, 2))
-  )
-
-  @functools.partial(jax.checkpoint, prevent_cse=False)  # scan has none
-  def body(seen, inputs):
-    return merge(seen, *inputs), None
-
-  first_ids = jnp.arange(n_chunks, dtype=jnp.int32) * chunk
-  seen, _ = jax.lax.scan(body, seen, (head_chunks, first_ids))
-  if whole < n_vocab_used:
-    seen = jax.checkpoint(merge)(seen, head[:, whole:], jnp.int32(whole))
-  return seen
+    softmax = of_part(shared, (head, jnp.int32(0)))
+  else:
+    n_chunks = n_vocab_used // chunk
+    whole = n_chunks * chunk
+    # As parts, not as slices of a constant: the gradient of a slice is as
+    # large as the head, once per chunk.
+    chunks = head[:, :whole].reshape(-1, n_chunks, chunk).transpose((1, 0, 2))
+    first_ids = jnp.arange(n_chunks, dtype=jnp.int32) * chunk
+    parts = map_recomputed(of_part, shared, (chunks, first_ids))
+    if whole < n_vocab_used:
+      last = jax.checkpoint(of_part)(
+        shared, (head[:, whole:], jnp.int32(whole))
+      )
+      parts = jax.tree.map(
+        lambda x, y: jnp.concatenate([x, y[None]]), parts, last
+      )
+    softmax = _joined(parts)
+  in_use = (targets >= 0) & (targets < n_vocab_used)
+  return softmax._replace(target=jnp.where(in_use, softmax.target, -jnp.inf))
 
 
 def token_logprobs(
@@ -305,6 +322,20 @@ def weighted_sum(values: jax.Array, weights: jax.Array) -> jax.Array:
   return jnp.where(weights > 0, values * weights, 0.0).sum()
 
 
+def _gradients_together(variables, hidden):
+  """The same; what the MTP modules give to either's gradient is one moment's.
+
+  Nothing needs the modules' own gradients before the optimizer, so that XLA
+  leaves them for last and keeps their operands, a layer's worth, through the
+  backward pass of all layers.
+  """
+  params = variables["params"]
+  modules, hidden = jax.lax.optimization_barrier(
+    (params["mtp_modules"], hidden)
+  )
+  return {**variables, "params": {**params, "mtp_modules": modules}}, hidden
+
+
 def make_pretrain_loss(
   model: Transformer, *, train_mtp: bool, balance_weight: float
 ) -> LossFn:
@@ -325,8 +356,7 @@ def make_pretrain_loss(
   Returns:
     LossFn over batches of `global_weights`.  Metrics: loss/next_token,
     loss/mtp (mean over depths, 0 where they do not run) and loss/balance, all
-    without their weights, tokens (int32, padding excluded) and dropped (choices
-    of experts without room).
+    without their weights, and tokens (int32, padding excluded).
 
   Raises:
     ValueError: `train_mtp` for a model without MTP modules.
@@ -363,11 +393,11 @@ def make_pretrain_loss(
     balance = routing.balance_loss.sum(axis=0)  # [B]
     mtp = jnp.float32(0.0)
     mtp_load = None
-    dropped = routing.dropped.sum()
+    choices = count_choices(routing)
     loss = next_token
     if train_mtp:
       mtp_hidden, mtp_routing = model.apply(
-        variables, hidden, *rows, method="mtp"
+        *_gradients_together(variables, hidden), *rows, method="mtp"
       )
       targets = [own_targets(batch, 2 + k, shard)[0] for k in range(depth)]
       mtp = (
@@ -381,7 +411,7 @@ def make_pretrain_loss(
       )
       balance += mtp_routing.balance_loss.sum(axis=0)
       mtp_load = mtp_routing.expert_load
-      dropped += mtp_routing.dropped.sum()
+      choices += count_choices(mtp_routing)
       loss += batch["mtp_weight"] * mtp
     balance = weighted_sum(balance, batch["row_weights"])
     loss += balance_weight * balance
@@ -390,8 +420,7 @@ def make_pretrain_loss(
       "loss/mtp": mtp,
       "loss/balance": balance,
       "tokens": (batch["segment_ids"] > 0).sum(dtype=jnp.int32),
-      "dropped": dropped,
     }
-    return loss, Aux(metrics, routing.expert_load, mtp_load)
+    return loss, Aux(metrics, routing.expert_load, mtp_load, choices)
 
   return loss_fn

@@ -218,8 +218,10 @@ def make_train_step(
   Returns:
     step(state, batch, key) -> (state, metrics).  Metrics hold what the loss
     reports, and loss, grad_norm (before clipping), learning_rate, nonfinite
-    (0 or 1); with experts also expert_load [L, E], each expert's share of its
-    layer, and expert_load/max_over_mean [L], and the same under mtp_.
+    (0 or 1), dropped (share of the choices of an expert that a capacity left
+    without one, 0 where none is asked for); with experts also expert_load
+    [L, E], each expert's share of its layer, and expert_load/max_over_mean [L],
+    and the same under mtp_.
   """
 
   def own_totals(params, rest, batch, key):
@@ -289,6 +291,7 @@ def make_train_step(
       "grad_norm": grad_norm,
       "learning_rate": learning_rate,
       "nonfinite": 1 - finite.astype(jnp.int32),
+      "dropped": aux.choices[0] / jnp.maximum(aux.choices[1], 1),
       **load_metrics("expert_load", aux.expert_load),
       **load_metrics("mtp_expert_load", aux.mtp_expert_load),
       **router_metrics(new_state.variables.get("router", {})),

@@ -32,10 +32,14 @@ FILES = [
   for path in sorted((ROOT / "configs").rglob("*.py"))
   if path.name != "__init__.py"
 ]
+FILES += [
+  f"configs/pretrain/deepseek_v3.py:{phase}" for phase in ("32k", "128k")
+]
 
 
 def experiment_of(file: str) -> str:
   """The experiment that the command in the file's docstring runs it by."""
+  file = file.partition(":")[0]
   docstring = ast.get_docstring(ast.parse((ROOT / file).read_text())) or ""
   command = re.sub(r"\\\n\s*", "", docstring)  # join continued lines
   match = re.search(rf"python -m experiments\.(\w+)\s+--config={file}", command)
@@ -46,7 +50,8 @@ def experiment_of(file: str) -> str:
 @functools.cache
 def typed_configs(file: str) -> list:
   """The config as its experiment reads it, and those of a recipe's stages."""
-  config = runpy.run_path(str(ROOT / file))["get_config"]()
+  file, *text = file.split(":")
+  config = runpy.run_path(str(ROOT / file))["get_config"](*text)
   assert isinstance(config, ml_collections.ConfigDict)
   if "vocab_size" not in config.get("model", {"vocab_size": 0}):
     config.init_from = published_folder()

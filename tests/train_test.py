@@ -30,7 +30,7 @@ def linear_loss(variables, batch, key):
     "count": jnp.int32(y.size),
   }
   load = jnp.abs(batch["x"]).sum(axis=0)[None]
-  return loss, losses.Aux(metrics, load, None)
+  return loss, losses.Aux(metrics, load, None, jnp.zeros(2))
 
 
 def linear_batch(rows, seed=0):

@@ -102,10 +102,10 @@ def divided_case(
   rows = len(x) // devices * k
 
   def local(x, gates, ids, weights):
-    def run(*args):
+    def run(weights, *args):
       return routed_experts(*args, weights, rows=rows)
 
-    return exchanged(exchange, run, x, gates, ids, n_experts)[0]
+    return exchanged(exchange, run, weights, x, gates, ids, n_experts)[0]
 
   by_expert = P("expert")
   run = jax.shard_map(

@@ -29,7 +29,7 @@ from tools import interleave
 def expanded_decode(mla: MLA, x, rotations, layer, lengths):
   """`MLA.decode` without absorption: all keys and values made anew."""
   c = mla.cfg
-  q_nope, q_rope = mla._queries(x, rotations)
+  q_nope, q_rope = mla._queries(*mla._query_input(x), rotations)
   entry = jnp.concatenate(mla._latents(x, rotations), axis=-1)
   layer = write_entry(layer, entry[:, 0], lengths)
   held = layer.swapaxes(1, 2)  # [B, S, C + R]

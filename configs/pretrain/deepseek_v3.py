@@ -8,17 +8,72 @@ shapes alone.  It was never run here.  Departures and gaps: the batch ramps over
 steps, not tokens; Adam's eps and the EMA's decay are unpublished; the data is
 yours.
 
-This is the pretraining at 4K, with plain RoPE.  The released weights are those
-after extension to 128K, with max_position_embeddings=163840 and rope_scaling =
-dict(type="yarn", factor=40, original_max_position_embeddings=4096,
-beta_fast=32, beta_slow=1, mscale=1.0, mscale_all_dim=1.0); their config.json
-says initializer_range=0.02, the paper 0.006.
+This is the pretraining at 4K, with plain RoPE. The context is then widened to
+128K by YaRN in two phases of 1000 steps, each from the one before:
+
+  --config=configs/pretrain/deepseek_v3.py:32k --workdir=runs/deepseek_v3_32k
+  --config=configs/pretrain/deepseek_v3.py:128k --workdir=runs/deepseek_v3_128k
+
+The released weights are those after, with max_position_embeddings=163840; their
+config.json says initializer_range=0.02, the paper 0.006.
 """
 
 import ml_collections
 
 
-def get_config():
+def get_config(phase="4k"):
+  c = _pretraining()
+  if phase == "32k":
+    _extend(c, "runs/deepseek_v3", length=32768, rows=1920)
+    # 128 rows at a time, each on 4 chips: 8192 tokens a chip.
+    c.mesh.update(fsdp=16, context=4)
+  elif phase == "128k":
+    _extend(c, "runs/deepseek_v3_32k", length=131072, rows=480)
+    c.mesh.update(fsdp=4, context=16)
+  elif phase != "4k":
+    raise ValueError(f"phase {phase!r} is none of 4k, 32k, 128k.")
+  return c
+
+
+def _extend(c, init_from, *, length, rows):
+  """1000 steps at the last learning rate (section 4.3 of the paper)."""
+  c.init_from = init_from
+  c.steps = 1000
+  c.model.update(
+    max_position_embeddings=length,
+    rope_scaling=dict(
+      type="yarn",
+      factor=40,
+      original_max_position_embeddings=4096,
+      beta_fast=32,
+      beta_slow=1,
+      mscale=1.0,
+      mscale_all_dim=1.0,
+    ),
+    remat="block",
+    attention_chunk=2**21 // length,  # scores of 1 GB at a time
+    logits_chunk=8080,
+  )
+  c.data.update(row_length=length, packing_window=1024, heldout_rows=256)
+  microbatch_rows = 512 * 8192 // length
+  c.batch.update(
+    rows=rows, first_rows=rows, ramp_steps=0, microbatch_rows=microbatch_rows
+  )
+  c.mesh.expert_chunk = 4096
+
+  def constant(peak, factor=1.0):
+    phase = dict(shape="constant", steps=c.steps, factor=factor)
+    return dict(peak=peak, phases=(phase,))
+
+  c.schedule = constant(7.3e-6)
+  # Both as at the end of the pretraining; unpublished for the extension.
+  c.mtp_weight = constant(0.1)
+  c.bias_update_rate = constant(0.001, factor=0.0)
+  c.eval.update(every_steps=100, batch_rows=microbatch_rows)
+  c.checkpoint_every_steps = 50
+
+
+def _pretraining():
   c = ml_collections.ConfigDict()
   c.stage = "pretrain"
   c.seed = 0
@@ -92,6 +147,7 @@ def get_config():
     expert=8,
     context=1,
     tensor=1,
+    expert_chunk=0,
     gradient_dtype="bfloat16",
   )
   c.mtp_weight = dict(

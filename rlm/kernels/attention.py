@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from rlm.kernels.backend import backend
 from rlm.kernels.product import einsum
+from rlm.kernels.recomputed import map_recomputed
 
 # Finite, so that a row without any key gives zeros and not NaN.
 MASKED = -1e30
@@ -103,6 +104,7 @@ def attend_heads(
 def by_query_chunks(
   attend: Callable[..., tuple[jax.Array, jax.Array]],
   query_chunk: int,
+  keys: Any,
   queries: Any,
   q_positions: jax.Array,
   q_segment_ids: jax.Array,
@@ -113,8 +115,10 @@ def by_query_chunks(
   Each chunk is recomputed in the backward pass, so that no [B, N, T, S] exists.
 
   Args:
-    attend: (queries, q_positions, q_segment_ids, selected) -> out, lse.
+    attend: (keys, (queries, q_positions, q_segment_ids, selected)) -> out, lse,
+      a function of nothing else.
     query_chunk: a divisor of T, or 0.
+    keys: arrays [B, S, ...]: keys, values, and where they stand.
     queries: arrays [B, T, ...].
     q_positions: int32 [B, T].
     q_segment_ids: int32 [B, T].
@@ -127,8 +131,9 @@ def by_query_chunks(
     ValueError: `query_chunk` does not divide T.
   """
   length = q_positions.shape[1]
+  parts = (queries, q_positions, q_segment_ids, selected)
   if not query_chunk or query_chunk >= length:
-    return attend(queries, q_positions, q_segment_ids, selected)
+    return attend(keys, parts)
   if length % query_chunk:
     raise ValueError(
       f"{query_chunk=} does not divide the {length} queries. Choose a divisor,"
@@ -139,10 +144,7 @@ def by_query_chunks(
     chunks = x.reshape(x.shape[0], -1, query_chunk, *x.shape[2:])
     return jnp.moveaxis(chunks, 1, 0)
 
-  parts = (queries, q_positions, q_segment_ids, selected)
-  out, lse = jax.lax.map(
-    lambda chunk: jax.checkpoint(attend)(*chunk), jax.tree.map(split, parts)
-  )
+  out, lse = map_recomputed(attend, keys, jax.tree.map(split, parts))
   out = jnp.moveaxis(out, 0, 1)  # [B, chunks, chunk, N, h]
   lse = jnp.moveaxis(lse, 0, 2)  # [B, N, chunks, chunk]
   return (

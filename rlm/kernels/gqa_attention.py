@@ -77,14 +77,22 @@ def gqa_attention(
   """
   form = _attend_by_head if prefers_heads(q.shape[2]) else _attend_batched
 
-  def attend(q, q_positions, q_segment_ids, selected):
+  def attend(keys, part):
+    q, q_positions, q_segment_ids, selected = part
+    k, v, kv_positions, kv_segment_ids = keys
     mask = attention_mask(
       q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
     )
     return form(q, k, v, mask, scale)
 
   return by_query_chunks(
-    attend, query_chunk, q, q_positions, q_segment_ids, selected
+    attend,
+    query_chunk,
+    (k, v, kv_positions, kv_segment_ids),
+    q,
+    q_positions,
+    q_segment_ids,
+    selected,
   )
 
 

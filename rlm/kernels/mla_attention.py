@@ -90,15 +90,22 @@ def mla_attention(
     ValueError: `query_chunk` does not divide T.
   """
 
-  def attend(queries, q_positions, q_segment_ids, selected):
+  def attend(keys, part):
+    queries, q_positions, q_segment_ids, selected = part
+    *keys, kv_positions, kv_segment_ids = keys
     mask = attention_mask(
       q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
     )
-    return _attend(*queries, k_nope, k_rope, v, mask, scale)
+    return _attend(*queries, *keys, mask, scale)
 
-  queries = (q_nope, q_rope)
   return by_query_chunks(
-    attend, query_chunk, queries, q_positions, q_segment_ids, selected
+    attend,
+    query_chunk,
+    (k_nope, k_rope, v, kv_positions, kv_segment_ids),
+    (q_nope, q_rope),
+    q_positions,
+    q_segment_ids,
+    selected,
   )
 
 

@@ -18,6 +18,7 @@ from rlm.kernels.grouped_matmul import (
   row_alignment,
 )
 from rlm.kernels.product import einsum
+from rlm.kernels.recomputed import zeros_within
 from rlm.models.layers import dot
 from rlm.models.quantized import operand
 from rlm.parallel.expert import sum_rows, take_rows
@@ -147,7 +148,7 @@ def _run_in_passes(run, bound, x, gates, weights, slots):
   def one(i, total):
     return total + run(x, gates, weights, slots.part(i * bound, bound))
 
-  zeros = jnp.zeros(x.shape, jnp.float32)
+  zeros = zeros_within(x, jax.ShapeDtypeStruct(x.shape, jnp.float32))
   return jax.lax.fori_loop(0, _passes(bound, slots), one, zeros)
 
 
@@ -159,7 +160,7 @@ def _run_in_passes_bwd(run, bound, residuals, dout):
     _, vjp = jax.vjp(lambda *args: run(*args, part), x, gates, weights)
     return jax.tree.map(lambda a, b: a + b.astype(a.dtype), totals, vjp(dout))
 
-  zeros = jax.tree.map(jnp.zeros_like, (x.astype(jnp.float32), gates, weights))
+  zeros = zeros_within(dout, (x.astype(jnp.float32), gates, weights))
   dx, dgates, dweights = jax.lax.fori_loop(0, _passes(bound, slots), one, zeros)
   return dx.astype(x.dtype), dgates, dweights, None
 

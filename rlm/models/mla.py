@@ -10,6 +10,7 @@ from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
 from rlm.kernels import mla_attention as kernel
+from rlm.kernels.recomputed import map_recomputed
 from rlm.models.cache import write_entry
 from rlm.models.config import ModelConfig
 from rlm.models.layers import (
@@ -57,13 +58,16 @@ class MLA(nn.Module):
     """c^Q, normalised; [B, T, D] -> [B, T, Q]."""
     return self.q_norm(linear(x, self.q_a))
 
-  def _queries(self, x, rotations):
-    """q_nope [B, T, N, H] and rotated q_rope [B, T, N, R]."""
+  def _query_input(self, x):
+    """What the queries are a product of, and its matrix [., N * (H + R)]."""
+    if self.cfg.q_lora_rank is None:
+      return self.shard.enter_tensor(x), self.q_proj
+    return self.shard.enter_tensor(self.query_latent(x)), self.q_b
+
+  def _queries(self, x, matrix, rotations):
+    """q_nope [B, T, N, H], rotated q_rope [B, T, N, R] of `_query_input`."""
     c = self.cfg
-    if c.q_lora_rank is None:
-      q = linear(self.shard.enter_tensor(x), self.q_proj)
-    else:
-      q = linear(self.shard.enter_tensor(self.query_latent(x)), self.q_b)
+    q = linear(x, matrix)
     q = q.reshape(*x.shape[:2], -1, c.qk_nope_head_dim + c.qk_rope_head_dim)
     q_nope, q_rope = jnp.split(q, [c.qk_nope_head_dim], axis=-1)
     return q_nope, apply_rope(q_rope, *rotations)
@@ -105,13 +109,38 @@ class MLA(nn.Module):
       out [B, T, D] and the layer's cache [B, C + R, T] of these tokens.
     """
     c, shard = self.cfg, self.shard
-    q_nope, q_rope = self._queries(x, rotations)
-    kv_latent, k_rope = self._latents(x, rotations)
-    entries = jnp.concatenate([kv_latent, k_rope], axis=-1)
-    # What the other parts of a row need of this one: C + R numbers a token.
-    whole = shard.whole_rows(shard.enter_tensor(entries))
-    kv_latent, k_rope = jnp.split(whole, [c.kv_lora_rank], axis=-1)
-    kv = linear(kv_latent, self.kv_b)
+    latent, q_matrix = self._query_input(x)
+    entries = jnp.concatenate(self._latents(x, rotations), axis=-1)
+    matrices = (q_matrix, self.kv_b)
+    rows = (
+      latent,
+      rotations,
+      # What the other parts of a row need of this one: C + R numbers a token.
+      shard.whole_rows(shard.enter_tensor(entries)),
+      positions,
+      shard.whole_rows(positions),
+      segment_ids,
+      shard.whole_rows(segment_ids),
+    )
+    if 0 < c.attention_chunk < x.shape[1] and x.shape[0] > 1:
+      out = map_recomputed(
+        lambda matrices, row: self._heads(matrices, row)[0],
+        matrices,
+        jax.tree.map(lambda leaf: leaf[:, None], rows),
+      )
+    else:
+      out = self._heads(matrices, rows)
+    out = checkpoint_name(out, ATTENTION_OUTPUT)
+    return self._out(out), entries.swapaxes(1, 2)
+
+  def _heads(self, matrices, rows):
+    """[B, T, N, h], of `rows` of `__call__`."""
+    c = self.cfg
+    q_matrix, kv_b = matrices
+    latent, rotations, entries, *places = rows
+    q_nope, q_rope = self._queries(latent, q_matrix, rotations)
+    kv_latent, k_rope = jnp.split(entries, [c.kv_lora_rank], axis=-1)
+    kv = linear(kv_latent, kv_b)
     width = c.qk_nope_head_dim + c.v_head_dim
     kv = kv.reshape(*kv_latent.shape[:2], -1, width)
     k_nope, v = jnp.split(kv, [c.qk_nope_head_dim], axis=-1)
@@ -121,15 +150,11 @@ class MLA(nn.Module):
       k_nope,
       k_rope,
       v,
-      positions,
-      shard.whole_rows(positions),
-      segment_ids,
-      shard.whole_rows(segment_ids),
+      *places,
       scale=self._scale,
       query_chunk=c.attention_chunk,
     )
-    out = checkpoint_name(out, ATTENTION_OUTPUT)
-    return self._out(out), entries.swapaxes(1, 2)
+    return out
 
   def decode(self, x, rotations, layer, lengths):
     """Absorbed form of one new token a row.
@@ -143,7 +168,8 @@ class MLA(nn.Module):
     Returns:
       out [B, 1, D] and the layer's cache with the token added.
     """
-    q_nope, q_rope = self._queries(x, rotations)
+    latent, q_matrix = self._query_input(x)
+    q_nope, q_rope = self._queries(latent, q_matrix, rotations)
     # Devices of a tensor group hold the cache alike, and read it differently.
     entry = jnp.concatenate(self._latents(x, rotations), axis=-1)
     layer = write_entry(layer, entry[:, 0], lengths)

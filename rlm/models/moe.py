@@ -235,11 +235,11 @@ class MoE(nn.Module):
       return routed_experts(x, gates, expert_ids, weights), jnp.float32(0)
     chunk = min(exchange.chunk or x.shape[0], x.shape[0])
 
-    def run(rows, row_gates, local_ids):
+    def run(weights, rows, row_gates, local_ids):
       return routed_experts(
         rows, row_gates, local_ids, weights, rows=chunk * gates.shape[1]
       )
 
     return exchanged(
-      exchange, run, x, gates, expert_ids, self.cfg.n_routed_experts
+      exchange, run, weights, x, gates, expert_ids, self.cfg.n_routed_experts
     )

@@ -87,6 +87,25 @@ class MeshConfig:
         " Make it a multiple of them."
       )
 
+  def check_whole_rows(self, key: str, why: str) -> None:
+    """Raises ValueError where rows are divided along their tokens.
+
+    Args:
+      key: of this mesh in the config.
+      why: they must not be, a sentence.
+    """
+    if self.context > 1:
+      raise ValueError(
+        f"{key}.context={self.context}: {why}. Set it to 1 and {key}.fsdp to"
+        f" {self.fsdp * self.context}."
+      )
+
+  def check_decodes(self, key: str) -> None:
+    """Raises ValueError where tokens of a row would be sampled apart."""
+    self.check_whole_rows(
+      key, "decoding adds one token to a row, which cannot be divided"
+    )
+
   @property
   def sizes(self) -> dict[str, int]:
     """Axis -> size, in the order of the mesh."""

@@ -39,6 +39,7 @@ import jax
 import jax.numpy as jnp
 
 from rlm.kernels.backend import backend
+from rlm.kernels.recomputed import map_recomputed
 from rlm.parallel.config import MeshConfig
 
 Groups = tuple[tuple[int, ...], ...]
@@ -341,14 +342,15 @@ class Exchange:
 
 NO_EXCHANGE = Exchange((), 0)
 
-# (rows [M, D], gates float32 [M, K], expert ids int32 [M, K] among the experts
-# of this device, or their number for none) -> [M, D].
-RunExperts = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+# (weights, rows [M, D], gates float32 [M, K], expert ids int32 [M, K] among the
+# experts of this device, or their number for none) -> [M, D].
+RunExperts = Callable[[Any, jax.Array, jax.Array, jax.Array], jax.Array]
 
 
 def exchanged(
   exchange: Exchange,
   run: RunExperts,
+  weights: Any,
   x: jax.Array,
   gates: jax.Array,
   expert_ids: jax.Array,
@@ -359,6 +361,7 @@ def exchanged(
   Args:
     exchange: the way there.
     run: the experts of this device.
+    weights: arrays for `run`.
     x: [n, D].
     gates: float32 [n, K].
     expert_ids: int32 [n, K], in 0..n_experts.
@@ -372,11 +375,14 @@ def exchanged(
   """
   n, chunk = x.shape[0], exchange.chunk
 
-  def whole(x, gates, expert_ids):
-    return _along(exchange.levels, run, x, gates, expert_ids, n_experts)
+  def whole(weights, part):
+    x, gates, expert_ids = part
+    here = functools.partial(run, weights)
+    return _along(exchange.levels, here, x, gates, expert_ids, n_experts)
 
+  parts = (x, gates, expert_ids)
   if not chunk or chunk >= n:
-    return whole(x, gates, expert_ids)
+    return whole(weights, parts)
   if n % chunk:
     raise ValueError(
       f"mesh.expert_chunk={chunk} does not divide the {n} tokens of a device's"
@@ -386,10 +392,7 @@ def exchanged(
   def split(a):
     return a.reshape(n // chunk, chunk, *a.shape[1:])
 
-  out, dropped = jax.lax.map(
-    lambda part: jax.checkpoint(whole)(*part),
-    (split(x), split(gates), split(expert_ids)),
-  )
+  out, dropped = map_recomputed(whole, weights, jax.tree.map(split, parts))
   return out.reshape(x.shape), dropped.sum()
 
 

@@ -152,7 +152,7 @@ def check_fits(cfg: MeshConfig, tree: Any, key: str) -> None:
       for name in names:
         parts *= cfg.sizes[name]
       if size % parts:
-        fitting = [n for n in range(1, parts + 1) if size % n == 0]
+        fitting = [n for n in range(1, 2 * parts + 1) if size % n == 0]
         raise ValueError(
           f"{key}: {' x '.join(f'{n}={cfg.sizes[n]}' for n in names)} does not"
           f" divide the {size} of {jax.tree_util.keystr(path)}"

@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Literal
 
+from rlm.parallel.config import MeshConfig
+
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveConfig:
@@ -79,6 +81,11 @@ class SelectionConfig:
   def num_microbatches(self) -> int:
     """Microbatches of one update."""
     return self.rows_per_minibatch // self.microbatch_rows
+
+  def check_mesh(self, mesh: MeshConfig) -> None:
+    """Raises ValueError if the updates do not divide among these devices."""
+    mesh.check_rows("mesh", "selection.microbatch_rows", self.microbatch_rows)
+    mesh.check_whole_rows("mesh", "RL scores each token beside the one before")
 
   def check(self, prompts: int, group_size: int) -> None:
     """Raises ValueError if a rollout of this size cannot be used so."""

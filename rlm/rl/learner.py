@@ -50,11 +50,7 @@ class Learner:
     bias_update_rate: float,
     skip_nonfinite: bool,
   ):
-    if layout.cfg.context > 1:
-      raise ValueError(
-        f"mesh.context={layout.cfg.context}: RL scores each token beside the"
-        " one before it, and rows are not divided. Set it to 1 and fsdp higher."
-      )
+    selection.check_mesh(layout.cfg)
     model = layout.model
     self._objective, self._selection = objective, selection
     self._schedule = schedule

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlm.losses import Aux, LossFn, token_logprobs
+from rlm.losses import Aux, LossFn, count_choices, token_logprobs
 from rlm.models.moe import Routing, route_flips
 from rlm.models.transformer import Transformer, head_kernel
 from rlm.rl.objectives import Objective, policy_loss
@@ -172,7 +172,8 @@ def make_rl_loss(
     metrics["entropy"] = (metric_weights * jnp.where(mask, entropy, 0.0)).sum()
     metrics |= sampler_metrics(batch, old_logprobs, old_flips)
     metrics = jax.lax.stop_gradient(metrics)
-    return loss, Aux(metrics, routing.expert_load, None)
+    choices = count_choices(routing)
+    return loss, Aux(metrics, routing.expert_load, None, choices)
 
   return loss_fn
 

@@ -118,11 +118,7 @@ class Sampler:
         f" sampling_mesh (data={mesh.data} x fsdp={mesh.fsdp} x expert="
         f"{mesh.expert}). Make slots a multiple of them."
       )
-    if mesh.context > 1:
-      raise ValueError(
-        f"sampling_mesh.context={mesh.context}: decoding adds one token to a"
-        " row, which cannot be divided. Set it to 1."
-      )
+    mesh.check_decodes("sampling_mesh")
     if steps_per_call is not None and steps_per_call < 1:
       raise ValueError(f"{steps_per_call=} must be at least 1.")
     self.capacity = prompt_length + sampling.max_new_tokens

@@ -1,6 +1,7 @@
 """The configs of large models, as far as their shapes and their sums."""
 
 import pathlib
+import runpy
 
 import jax
 import numpy as np
@@ -57,6 +58,33 @@ def test_schedules_of_the_large_configs_end_with_their_steps():
     tokens = (sum(rows[:-1]) + (cfg.steps - len(rows) + 1) * rows[-1]) * 4096
     trained_on = {"deepseek_v3": 14.8e12, "deepseek_v2_lite": 5.7e12}[name]
     assert abs(tokens / trained_on - 1) < 0.002
+
+
+@pytest.mark.parametrize("phase", ["32k", "128k"])
+def test_the_extension_of_the_context_is_as_published(phase):
+  """1000 steps of 62.9B tokens in all, each row on several chips."""
+  c = load_phase(phase)
+  cfg = build(pretrain.Config, c)
+  assert cfg.model.max_position_embeddings == cfg.data.row_length
+  tokens = cfg.steps * cfg.batch.rows * cfg.data.row_length
+  assert tokens == pytest.approx(62.9e9, rel=1e-3)
+  assert cfg.mesh.devices == 512
+  assert cfg.mesh.context > 1
+  rate = pretrain.make_rates(cfg)(cfg.steps - 1)
+  assert rate["learning_rate"] == pytest.approx(7.3e-6)
+  assert rate["bias_update_rate"] == 0
+  queries = cfg.batch.microbatch_rows * cfg.data.row_length // 512
+  assert queries % cfg.model.attention_chunk == 0
+
+
+def test_another_phase_is_refused():
+  with pytest.raises(ValueError, match="'64k' is none of 4k, 32k, 128k"):
+    load_phase("64k")
+
+
+def load_phase(phase):
+  path = "configs/pretrain/deepseek_v3.py"
+  return runpy.run_path(path)["get_config"](phase)
 
 
 def test_configs_of_fine_tuning_pass_its_checks():

@@ -288,6 +288,11 @@ def evaluate_config(run):
     ({"objective.name": "gpro"}, r"config.objective.name: .* 'grpo'"),
     ({"objective.clip_high": -0.1}, r"clip_high=-0\.1 is negative"),
     ({"mesh.fsdp": 8}, r"microbatch_rows=8 cannot be divided among the 16 pa"),
+    (
+      {"mesh.context": 2},
+      r"mesh\.context=2: RL scores each token beside the o",
+    ),
+    ({"sampling_mesh.context": 2}, r"sampling_mesh\.context=2: decoding adds"),
     ({"mesh.tensor": 3}, r"mesh\.tensor=3 does not divide num_attention_heads"),
     ({"sampling_mesh.data": 3}, r"slots=32 cannot be divided among the 3"),
     ({"selection.microbatch_rows": 3}, r"rows_per_rollout=32 does not split"),

@@ -1,5 +1,6 @@
 """Latent attention as a module, its two forms, and the cache between them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -61,6 +62,44 @@ def test_expanded_form_is_the_paper(name):
   params = float64(variables["params"])
   want = reference.attention(params, np.asarray(x[0], np.float64), cfg)
   np.testing.assert_allclose(out[0], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["v3", "v2"])
+def test_chunks_of_one_row_after_the_other_are_the_whole(name):
+  """In value, in the cache and in every gradient; rows of several segments."""
+  cfg, variables, _ = case(name)
+  rng = np.random.default_rng(1)
+  x = rng.standard_normal((3, 6, cfg.hidden_size)).astype(np.float32)
+  segments = np.array(
+    [[1, 1, 1, 2, 2, 2], [1, 1, 1, 1, 1, 0], [1, 2, 2, 2, 3, 3]], np.int32
+  )
+  positions = np.array(
+    [[0, 1, 2, 0, 1, 2], [0, 1, 2, 3, 4, 0], [0, 0, 1, 2, 0, 1]], np.int32
+  )
+  rotations, _ = places(cfg, positions)
+  weights = rng.standard_normal(x.shape).astype(np.float32)
+
+  def scalar(variables, x, chunk):
+    changed = dataclasses.replace(cfg, attention_chunk=chunk)
+    found = MLA(changed).apply(variables, x, rotations, positions, segments)
+    return (found[0] * weights).sum(), found
+
+  found, whole = (
+    fast_jit(
+      jax.grad(
+        functools.partial(scalar, chunk=chunk), argnums=(0, 1), has_aux=True
+      )
+    )(variables, x)
+    for chunk in (2, 0)
+  )
+  # Sums over rows and chunks in another order; values reach a few hundred.
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(
+      a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max()
+    ),
+    found,
+    whole,
+  )
 
 
 def test_weights_are_packed_as_published():

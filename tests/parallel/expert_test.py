@@ -68,10 +68,10 @@ def divided(transport, way, **changes):
 
   def on_device(x, gates, ids, weights, cotangents):
     def scalar(x, gates, weights):
-      def run(rows, row_gates, local_ids):
+      def run(weights, rows, row_gates, local_ids):
         return routed_experts_dense(rows, row_gates, local_ids, weights)
 
-      out, dropped = expert.exchanged(exchange, run, x, gates, ids, E)
+      out, dropped = expert.exchanged(exchange, run, weights, x, gates, ids, E)
       return (out * cotangents).sum(), (out, dropped[None])
 
     gradients, aux = jax.grad(scalar, argnums=(0, 1, 2), has_aux=True)(
@@ -258,7 +258,9 @@ def test_with_two_levels_a_row_goes_once_to_each_group(monkeypatch):
 
   def on_device(x, gates, ids):
     plans.clear()
-    expert.exchanged(exchange, lambda rows, gates, ids: rows, x, gates, ids, E)
+    expert.exchanged(
+      exchange, lambda _, rows, *rest: rows, (), x, gates, ids, E
+    )
     return tuple(counts[None] for _, counts in plans)
 
   x, gates, _, _ = arrays(8)
@@ -397,7 +399,8 @@ def test_a_chunk_that_does_not_divide_is_refused():
   with pytest.raises(
     ValueError, match="expert_chunk=4 does not divide the 6 tokens"
   ):
-    expert.exchanged(exchange, None, x, gates, jnp.zeros((6, K), jnp.int32), E)
+    ids = jnp.zeros((6, K), jnp.int32)
+    expert.exchanged(exchange, None, (), x, gates, ids, E)
 
 
 def test_experts_that_do_not_divide_are_refused():

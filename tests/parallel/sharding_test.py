@@ -178,7 +178,7 @@ def test_batches_lead_with_rows_and_tokens():
       r"mesh: .*fsdp=5.* does not divide the 32 of .* Make the product one of"
       " 1, 2, 4",
     ),
-    (dict(tensor=3), r"mesh: tensor=3 does not .* Make tensor one of 1, 2"),
+    (dict(tensor=3), r"mesh: tensor=3 does not .* Make tensor one of 1, 2, 4"),
     (dict(context=3, fsdp=2), r"fsdp=2 x .*context=3 .*one of 1, 2, 4"),
   ],
 )

@@ -195,6 +195,6 @@ def test_minibatches_and_measurements_on_a_mesh(mesh):
 
 def test_rows_divided_among_devices_are_refused():
   with pytest.raises(
-    ValueError, match=r"mesh\.context=2: RL scores each token .* fsdp higher"
+    ValueError, match=r"mesh\.context=2: RL scores each .* mesh\.fsdp to 2"
   ):
     learner("grpo", 1, 8, rows=8, context=2)
