@@ -51,7 +51,7 @@ def _extend(c, init_from, *, length, rows):
       mscale_all_dim=1.0,
     ),
     remat="block",
-    attention_chunk=2**21 // length,  # scores of 1 GB at a time
+    attention_chunk=2**23 // length,  # scores of 4.3 GB at a time
     logits_chunk=8080,
   )
   c.data.update(row_length=length, packing_window=1024, heldout_rows=256)

@@ -1,7 +1,7 @@
 """The devices of a `MeshConfig` as a jax mesh."""
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -58,11 +58,20 @@ def make_mesh(
       )
     within = (cfg.data // len(slices), *shape[1:])
     between = (len(slices),) + (1,) * (len(AXES) - 1)
-    grid = mesh_utils.create_hybrid_device_mesh(within, between, there)
-    return Mesh(np.asarray(grid), AXES, axis_types=types)
-  return jax.make_mesh(
-    shape, AXES, axis_types=types, devices=there[: cfg.devices]
-  )
+    grid = _arranged(
+      mesh_utils.create_hybrid_device_mesh, within, between, there
+    )
+  else:
+    grid = _arranged(mesh_utils.create_device_mesh, shape, there[: cfg.devices])
+  return Mesh(np.asarray(grid), AXES, axis_types=types)
+
+
+def _arranged(arrange: Callable, *args: Any) -> np.ndarray:
+  """Whole sides of the torus for every axis, or parts of one if need be."""
+  try:
+    return arrange(*args)
+  except NotImplementedError:  # an axis of 16 in a slice of 8x8x8
+    return arrange(*args, allow_split_physical_axes=True)
 
 
 def _product(cfg: MeshConfig) -> str:

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from jax.sharding import AxisType
 
@@ -53,6 +54,41 @@ def test_a_process_without_work_is_refused():
     " without work. Make the product 4",
   ):
     make_mesh(replicas(2), "mesh", chips)
+
+
+@dataclasses.dataclass(frozen=True)
+class TorusChip(Chip):
+  """One of 4x4x4."""
+
+  device_kind: str = "TPU v5p"
+  core_on_chip: int = 0
+
+  @property
+  def coords(self):
+    return (self.id % 4, self.id // 4 % 4, self.id // 16)
+
+
+def places(mesh):
+  """int [*mesh, 3], where each device stands."""
+  at = [device.coords for device in mesh.devices.flat]
+  return np.array(at).reshape(*mesh.devices.shape, 3)
+
+
+def test_axes_are_sides_of_the_torus():
+  chips = [TorusChip(i) for i in range(64)]
+  at = places(make_mesh(mesh_of(fsdp=16, expert=4), "mesh", chips))
+  # Groups of `expert` lie along one side.
+  assert (np.ptp(at, axis=2) > 0).sum(axis=-1).max() == 1
+
+
+def test_an_axis_may_be_a_side_and_a_half():
+  chips = [TorusChip(i) for i in range(64)]
+  mesh = make_mesh(mesh_of(fsdp=2, expert=4, context=8), "mesh", chips)
+  at = places(mesh)
+  assert len({tuple(place) for place in at.reshape(-1, 3)}) == 64
+  # Groups of `context` are blocks of 4 x 2.
+  sides = np.sort(np.ptp(at, axis=3) + 1, axis=-1)
+  assert (sides.reshape(-1, 3) == [1, 2, 4]).all()
 
 
 def test_slices_are_divided_by_replicas_alone():
