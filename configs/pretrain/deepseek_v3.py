@@ -147,6 +147,7 @@ def _pretraining():
     expert=8,
     context=1,
     tensor=1,
+    node_limited=True,
     expert_chunk=0,
     gradient_dtype="bfloat16",
   )

@@ -220,6 +220,7 @@ def test_the_chat_command_that_was_printed_answers(whole, recipes):
   assert "right" in done.stdout and "Traceback" not in done.stderr
 
 
+@pytest.mark.full
 def test_rl_goes_from_the_base_without_a_cold_start(whole, recipes):
   base, zero = whole[0] / "pretrain", recipes.folder / "zero"
   done = recipes.run(

@@ -150,6 +150,7 @@ def rewind(whole, folder, *stages):
   (folder / "seconds.json").write_text(json.dumps(seconds))
 
 
+@pytest.mark.full
 def test_kills_and_a_stop_late_in_the_recipe_change_nothing(recipes, expected):
   folder = recipes.folder / "late"
   rewind(expected, folder, "student_pretrain", "distill")

@@ -152,6 +152,7 @@ class Easy(Capitals):
     return dataclasses.replace(scored, correct=True)
 
 
+@pytest.mark.full
 def test_the_users_problems_get_harder_as_they_are_solved(
   tmp_path, monkeypatch
 ):

@@ -269,6 +269,7 @@ def test_a_study_killed_anywhere_continues_and_repeats_nothing(
   assert not stages.ran and "is finished" in text
 
 
+@pytest.mark.full
 def test_a_signal_ends_the_study_after_the_stage(stages, tmp_path):
   run(tmp_path, "whole", seeds=(0, 1))
   for stop_at, why, done in (

@@ -38,7 +38,9 @@ def test_large_and_int8_models_keep_their_memory(monkeypatch):
   assert split_layers(variables) is not variables
 
 
-@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize(
+  "split", [True, pytest.param(False, marks=pytest.mark.full)]
+)
 def test_a_decode_step_copies_no_experts(split, monkeypatch):
   if not split:
     monkeypatch.setattr(layer_stacks, "MAX_BYTES", 0)

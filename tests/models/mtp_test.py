@@ -36,7 +36,9 @@ def test_positions_that_read_their_own_segment():
   np.testing.assert_array_equal(reads_own_segment(segment_ids, 2), predicts(2))
 
 
-@pytest.mark.parametrize("name", ["v3", "dense"])
+@pytest.mark.parametrize(
+  "name", ["v3", pytest.param("dense", marks=pytest.mark.full)]
+)
 def test_depth_k_reads_up_to_the_token_before_its_target(name):
   # No token id occurs twice, so the embedding's gradient has a row per cell.
   cfg = model_of(name).cfg

@@ -18,7 +18,9 @@ NOTEBOOK = (
 )
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "qwen2"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("deepseek_v3", marks=pytest.mark.full), "qwen2"]
+)
 def test_the_notebook_runs(tmp_path, monkeypatch, capsys, name):
   config = cases.CONFIGS[name] | {"vocab_size": 272}
   cases.write_folder(tmp_path, config, cases.make_weights(config, seed=0))

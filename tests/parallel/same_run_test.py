@@ -142,7 +142,7 @@ def assert_same_run(got, expected, *, loss=1e-5, gradient=1e-4):
 @pytest.mark.parametrize(
   "mesh",
   [
-    dict(fsdp=8),
+    pytest.param(dict(fsdp=8), marks=full),
     dict(data=2, expert=4),
     dict(fsdp=2, expert=2, tensor=2),
     dict(context=4),

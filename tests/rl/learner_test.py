@@ -110,6 +110,7 @@ def test_without_minibatches_nothing_happens():
   assert after is before and metrics == {}
 
 
+@pytest.mark.full
 def test_rows_without_an_update_compare_as_they_do_within_one():
   batch = minibatch("dapo", 0)
   compared = learner("dapo", 1, 6).compare(start().variables, batch)

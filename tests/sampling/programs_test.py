@@ -109,7 +109,7 @@ def in_int8(params):
     pytest.param("v3_moe", dict(expert=8), marks=pytest.mark.full),
     pytest.param("v3", dict(fsdp=2, expert=4), marks=pytest.mark.full),
     pytest.param("v2", dict(fsdp=2, expert=4), marks=pytest.mark.full),
-    ("qwen2", dict(data=2, tensor=2)),
+    pytest.param("qwen2", dict(data=2, tensor=2), marks=pytest.mark.full),
     pytest.param("qwen3", dict(fsdp=2, tensor=2), marks=pytest.mark.full),
     pytest.param(
       "qwen2", dict(data=2, tensor=2, int8=True), marks=pytest.mark.full
