@@ -156,7 +156,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
 
   import jax
 
-  from rlm import cost, flops, hardware
+  from rlm import cost, flops
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import CheckpointManager
   from rlm.data import pipeline
@@ -234,16 +234,10 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
   flops_per_token = flops.train_flops_per_token(
     cfg.model, cfg.data.row_length, mtp=cfg.mtp_weight != 0
   )
-  chip = hardware.chip_of_device_kind(jax.devices()[0].device_kind)
-  peak_flops = cfg.peak_flops
-  if peak_flops is None:
-    peak_flops = cost.published_peak(chip, cfg.mesh.devices, cfg.model.dtype)
-  if peak_flops is None:
-    peak_flops = flops.measure_peak_flops(
-      cfg.model.dtype, size=1024, seconds=0.2
-    )
+  ledger = cost.open_ledger(cfg.mesh.devices, cfg.model.dtype, cfg.peak_flops)
 
-  ledger = cost.RunLedger(flops_per_token, cfg.mesh.devices, peak_flops, chip)
+  def spent(tokens, seconds):
+    return ledger.record(tokens * flops_per_token, seconds)
 
   def evaluate(state):
     variables = state.variables
@@ -302,7 +296,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
           step,
           metrics,
           tokens=metrics["tokens"],
-          ledger=ledger.record,
+          ledger=spent,
           batch=batch,
         )
         bar.update(step + 1, **log.figures("loss", "grad_norm"))
@@ -328,7 +322,7 @@ def train(cfg: Config, c: Any, workdir: str, console: Any) -> dict[str, Any]:
       "seconds": seconds,
       "tokens": tokens,
       "flops": tokens * flops_per_token,
-      "ledger": ledger.record(tokens, seconds),
+      "ledger": spent(tokens, seconds),
       "model": {"total": counts.total, "activated": counts.activated},
       "loss": records[-1]["loss/next_token"],
       "heldout": {

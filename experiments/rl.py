@@ -13,6 +13,7 @@ same command continues it, to the bit.
 """
 
 import dataclasses
+import functools
 import pathlib
 import time
 import zlib
@@ -178,7 +179,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   import jax.numpy as jnp
   import numpy as np
 
-  from rlm import flops
+  from rlm import cost, flops
   from rlm.checkpoint import initial
   from rlm.checkpoint.manager import CheckpointManager
   from rlm.eval.evaluate import trace_record
@@ -231,6 +232,15 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
     bias_update_rate=cfg.bias_update_rate,
     skip_nonfinite=cfg.on_nonfinite == "skip",
   )
+
+  # Rollout and update take turns on the same devices.
+  ledger = cost.open_ledger(
+    max(cfg.mesh.devices, cfg.sampling_mesh.devices), model.cfg.dtype
+  )
+
+  def spent(work, tokens, seconds):
+    del tokens  # sampled, scored and trained on cost differently
+    return ledger.record(work, seconds)
 
   def start_state(variables):
     needed = objective.kl_weight > 0 or cfg.monitor_kl
@@ -363,6 +373,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
           step,
           metrics,
           tokens=metrics["tokens"],
+          ledger=functools.partial(spent, metrics["flops"]),
           timing={
             "generate_seconds": generated - began,
             "update_seconds": time.monotonic() - generated,
@@ -404,6 +415,7 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
   tokens = sum(record["tokens"] for record in records)
   trained = sum(record["trained_tokens"] for record in records)
   counts = flops.count_parameters(cfg.model)
+  work = sum(record["flops"] for record in records)
   return folder.finish(
     {
       "stage": cfg.stage,
@@ -412,7 +424,8 @@ def run(c: Any, workdir: str, *, console: Any = None) -> dict[str, Any]:
       "tokens": tokens,
       "trained_tokens": trained,
       "updates": int(policy.step),
-      "flops": sum(record["flops"] for record in records),
+      "flops": work,
+      "ledger": ledger.record(work, seconds),
       "model": {"total": counts.total, "activated": counts.activated},
       "curriculum": curriculum,
     }

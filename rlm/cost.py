@@ -10,8 +10,10 @@ import dataclasses
 import math
 from collections.abc import Mapping
 
+import jax
+
 from rlm import flops
-from rlm.hardware import Chip
+from rlm.hardware import Chip, chip_of_device_kind
 from rlm.models.config import ModelConfig
 from rlm.optim.config import OptimizerConfig
 
@@ -330,29 +332,27 @@ class RunLedger:
   """What a run costs while it runs, for timing.jsonl and summary.json.
 
   Attributes:
-    flops_per_token: forward and backward; `flops.train_flops_per_token`.
-    devices: jax devices that it trains on.
+    devices: jax devices that it runs on.
     peak_flops: of all of them together.
     chip: what they are, by `hardware.chip_of_device_kind`; None where unknown.
   """
 
-  flops_per_token: float
   devices: int
   peak_flops: float
   chip: Chip | None
 
-  def record(self, tokens: float, seconds: float) -> dict[str, float]:
+  def record(self, work: float, seconds: float) -> dict[str, float]:
     """The ledger of a step, or of a whole run.
 
     Args:
-      tokens: trained on.
+      work: operations by formula, such as tokens times
+        `flops.train_flops_per_token`.
       seconds: taken.
 
     Returns:
       flops, mfu and device_hours; chip_hours, dollars and energy_kwh (the chips
       alone) as far as the chip and its figures are known.
     """
-    work = tokens * self.flops_per_token
     device_hours = self.devices * seconds / 3600
     found = {
       "flops": work,
@@ -367,6 +367,24 @@ class RunLedger:
       if self.chip.watts is not None:
         found["energy_kwh"] = hours * self.chip.watts / 1e3
     return found
+
+
+def open_ledger(
+  devices: int, dtype: str, peak_flops: float | None = None
+) -> RunLedger:
+  """The ledger of a run on this machine.
+
+  Args:
+    devices: jax devices that it runs on.
+    dtype: that the model computes in.
+    peak_flops: of all devices; None takes the published one, and where there is
+      none measures a product.
+  """
+  chip = chip_of_device_kind(jax.devices()[0].device_kind)
+  peak = peak_flops or published_peak(chip, devices, dtype)
+  if peak is None:
+    peak = flops.measure_peak_flops(dtype, size=1024, seconds=0.2)
+  return RunLedger(devices, peak, chip)
 
 
 def published_peak(chip: Chip | None, devices: int, dtype: str) -> float | None:

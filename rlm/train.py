@@ -21,7 +21,7 @@ from rlm.models.balance import load_metrics, router_metrics
 from rlm.models.layout import Layout
 from rlm.models.quantized import refuse_quantized
 from rlm.models.transformer import update_router
-from rlm.parallel.sharding import batch_specs, state_specs
+from rlm.parallel.sharding import batch_specs
 
 TrainStep = Callable[
   ["TrainState", Batch, jax.Array], tuple["TrainState", dict[str, jax.Array]]
@@ -236,10 +236,10 @@ def make_train_step(
   def totals(params, rest, batch, key):
     if layout is None:
       return own_totals(params, rest, batch, key)
-    pieces = state_specs(params)
+    pieces = layout.specs(params)
     return layout.map(
       lambda *args: _join_devices(layout.shard, own_totals(*args)),
-      in_specs=(pieces, state_specs(rest), batch_specs(batch, leading=1), P()),
+      in_specs=(pieces, layout.specs(rest), batch_specs(batch, leading=1), P()),
       out_specs=(P(), P(), pieces),
     )(params, rest, batch, key)
 

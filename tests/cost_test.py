@@ -302,14 +302,14 @@ def test_impossible_figures_are_refused(changes, message):
 
 
 def test_a_runs_ledger_adds_up():
-  run = cost.RunLedger(2e9, devices=16, peak_flops=16e14, chip=H800)
-  whole = run.record(6e9, 3600.0)
+  run = cost.RunLedger(devices=16, peak_flops=16e14, chip=H800)
+  whole = run.record(12e18, 3600.0)
   assert whole["flops"] == 12e18
   assert whole["mfu"] == pytest.approx(12e18 / 3600 / 16e14)
   assert whole["chip_hours"] == whole["device_hours"] == 16
   assert whole["dollars"] == 32
   assert whole["energy_kwh"] == pytest.approx(16 * 0.7)
-  steps = [run.record(2e9, 900.0), run.record(4e9, 2700.0)]
+  steps = [run.record(4e18, 900.0), run.record(8e18, 2700.0)]
   for name in set(whole) - {"mfu"}:
     assert sum(step[name] for step in steps) == pytest.approx(whole[name])
 
@@ -318,7 +318,7 @@ def test_two_devices_may_be_one_chip():
   chip = CHIPS["tpu7x"]
   peak = cost.published_peak(chip, 8, "bfloat16")
   assert peak == 4 * chip.peak_flops
-  found = cost.RunLedger(1.0, 8, peak, chip).record(1.0, 3600.0)
+  found = cost.RunLedger(8, peak, chip).record(1.0, 3600.0)
   assert (found["device_hours"], found["chip_hours"]) == (8, 4)
   assert "dollars" not in found  # unpublished
 
@@ -326,6 +326,14 @@ def test_two_devices_may_be_one_chip():
 def test_an_unknown_device_has_no_hours_of_a_chip():
   assert cost.published_peak(None, 8, "bfloat16") is None
   assert cost.published_peak(H800, 8, "float32") is None
-  found = cost.RunLedger(1.0, 8, 1e9, None).record(10.0, 0.0)
+  found = cost.RunLedger(8, 1e9, None).record(10.0, 0.0)
   assert set(found) == {"flops", "mfu", "device_hours"}
   assert np.isfinite(found["mfu"])
+
+
+def test_the_peak_is_given_or_measured_here():
+  """No data sheet has this CPU."""
+  assert cost.open_ledger(2, "float32", 5e9).peak_flops == 5e9
+  measured = cost.open_ledger(2, "float32")
+  assert measured.devices == 2 and measured.chip is None
+  assert 1e8 < measured.peak_flops < 1e15

@@ -149,6 +149,7 @@ def _pretraining():
     tensor=1,
     node_limited=True,
     expert_chunk=0,
+    dense_over_expert=True,
     gradient_dtype="bfloat16",
   )
   c.mtp_weight = dict(

@@ -24,7 +24,7 @@ from rlm.models.layout import Layout
 from rlm.models.transformer import head_kernel
 from rlm.parallel.config import ROWS
 from rlm.parallel.rows import own_rows, place_rows
-from rlm.parallel.sharding import batch_specs, state_specs
+from rlm.parallel.sharding import batch_specs
 from rlm.tasks.base import Task
 
 
@@ -74,7 +74,7 @@ def make_score_rows(layout: Layout) -> ScoreRows:
 
   @functools.partial(jax.jit, out_shardings=layout.everywhere)
   def score_placed(variables, batch):
-    specs = (state_specs(variables), batch_specs(batch, leading=0))
+    specs = (layout.specs(variables), batch_specs(batch, leading=0))
     return layout.map(score_own, specs, P(ROWS))(variables, batch)
 
   def score_rows(variables, batch):

@@ -80,7 +80,12 @@ class Layout:
 
   def shardings(self, tree: Any) -> Any:
     """Where each leaf of variables or of a training state lies."""
-    return shardings(self.mesh, state_specs(tree))
+    return shardings(self.mesh, self.specs(tree))
+
+  def specs(self, tree: Any) -> Any:
+    """PartitionSpecs of variables, gradients or a training state."""
+    divided = self.cfg.dense_over_expert
+    return state_specs(tree, dense_over_expert=divided)
 
   @property
   def everywhere(self) -> NamedSharding:
@@ -120,6 +125,7 @@ def make_layout(
   shard = MeshShard(
     exchange=exchange,
     sizes=tuple((axis, size) for axis, size in cfg.sizes.items() if size > 1),
+    dense_over_expert=cfg.dense_over_expert,
     gradient_dtype=cfg.gradient_dtype,
   )
   return Layout(cfg, mesh, model.clone(shard=shard))

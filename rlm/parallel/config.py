@@ -43,6 +43,10 @@ class MeshConfig:
       buffers (`rlm.parallel.expert.worst_rows`); 0 is all of a microbatch.
     expert_capacity: rows that a device receives, in multiples of the mean;
       what is beyond is dropped and reported. None drops nothing.
+    dense_over_expert: whether devices of `expert` also divide the matrices
+      outside of the experts among them, and gather them in every layer; so
+      training saves memory. False holds them whole on each, as decoding wants,
+      whose steps are too short for gathers.
     gradient_dtype: in which pieces of gradients are summed over devices.
   """
 
@@ -55,6 +59,7 @@ class MeshConfig:
   node_limited: bool = True
   expert_chunk: int = 0
   expert_capacity: float | None = None
+  dense_over_expert: bool = True
   gradient_dtype: Literal["float32", "bfloat16"] = "float32"
 
   def __post_init__(self):

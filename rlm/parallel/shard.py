@@ -112,10 +112,12 @@ class MeshShard(Whole):
 
   Attributes:
     sizes: (axis, size) of the mesh's axes larger than 1.
+    dense_over_expert: of the `MeshConfig`.
     gradient_dtype: in which pieces of gradients are summed.
   """
 
   sizes: tuple[tuple[str, int], ...] = ()
+  dense_over_expert: bool = True
   gradient_dtype: str = "float32"
 
   def _present(self, axes: tuple[str, ...]) -> tuple[str, ...]:
@@ -128,14 +130,18 @@ class MeshShard(Whole):
 
   @property
   def gathers(self) -> bool:
-    return bool(self._present(ALL_PIECES))
+    pieces = ALL_PIECES if self.dense_over_expert else PIECES
+    return bool(self._present(pieces))
+
+  def _axes(self, path, rank):
+    return parameter_axes(path, rank, dense_over_expert=self.dense_over_expert)
 
   def matrices(self, params, dtype):
     def whole(path, leaf):
       name = str(path[-1].key) if hasattr(path[-1], "key") else ""
       if leaf.ndim > 1 and name and name not in _UNCAST:
         leaf = leaf.astype(dtype)  # int8 stays, and is a field, not a key
-      for axis, names in enumerate(parameter_axes(path, leaf.ndim)):
+      for axis, names in enumerate(self._axes(path, leaf.ndim)):
         present = self._present(names) if isinstance(names, tuple) else ()
         if present:
           leaf = _gather(present, axis, self.gradient_dtype, leaf)
@@ -197,7 +203,7 @@ class MeshShard(Whole):
 
   def sum_gradients(self, grads):
     def total(path, grad):
-      axes = parameter_axes(path, grad.ndim)
+      axes = self._axes(path, grad.ndim)
       summed = {
         name for a in axes for name in (a if type(a) is tuple else (a,))
       }

@@ -60,13 +60,14 @@ _INT8_FIELDS = ("values", "scale")  # of an Int8Matrix, below its name
 STACKS = frozenset({"dense_layers", "moe_layers", "mtp_modules"})
 
 
-def parameter_axes(path: tuple, rank: int) -> tuple:
+def parameter_axes(path: tuple, rank: int, *, dense_over_expert: bool) -> tuple:
   """The axes of each dimension of one leaf.
 
   Args:
     path: of jax.tree_util; ends with the parameter's name, and holds that of
       its stack if it leads with an axis of layers.
     rank: number of its dimensions.
+    dense_over_expert: of the `MeshConfig`.
 
   Returns:
     One entry per dimension: None, an axis or a tuple of axes.
@@ -89,22 +90,26 @@ def parameter_axes(path: tuple, rank: int) -> tuple:
       f" {rank} dimensions. Add {name!r} to a table in"
       " rlm/parallel/sharding.py."
     )
+  if not dense_over_expert:
+    axes = tuple(PIECES if names == ALL_PIECES else names for names in axes)
   return (None,) * stacked + axes
 
 
-def state_specs(tree: Any) -> Any:
+def state_specs(tree: Any, *, dense_over_expert: bool = True) -> Any:
   """PartitionSpecs of variables, gradients or a whole training state.
 
   Args:
     tree: arrays or `jax.ShapeDtypeStruct`s; leaves that are named as a
       parameter lie as it does, steps, counts and coefficients everywhere.
+    dense_over_expert: of the `MeshConfig`.
   """
 
   def spec(path, leaf):
     field = getattr(path[-1], "name", None)
     if not leaf.ndim or (field and field not in _INT8_FIELDS):
       return P()  # the optimizer's own numbers
-    return P(*parameter_axes(path, leaf.ndim))
+    axes = parameter_axes(path, leaf.ndim, dense_over_expert=dense_over_expert)
+    return P(*axes)
 
   return jax.tree.map_with_path(spec, tree)
 
@@ -145,7 +150,9 @@ def check_fits(cfg: MeshConfig, tree: Any, key: str) -> None:
     key: of the mesh in the config, for the message.
   """
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    axes = parameter_axes(path, leaf.ndim)
+    axes = parameter_axes(
+      path, leaf.ndim, dense_over_expert=cfg.dense_over_expert
+    )
     for size, axis in zip(leaf.shape, axes, strict=True):
       names = axis if isinstance(axis, tuple) else (axis,) if axis else ()
       parts = 1

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from rlm.models.layout import Layout
 from rlm.optim.schedule import Schedule
 from rlm.parallel.config import ROWS
-from rlm.parallel.sharding import batch_specs, state_specs
+from rlm.parallel.sharding import batch_specs
 from rlm.rl.config import SelectionConfig
 from rlm.rl.diagnostics import make_diagnostics
 from rlm.rl.loss import make_logprobs, make_rl_loss, sampler_metrics
@@ -74,7 +74,7 @@ class Learner:
 
     def divided(f, out_spec):
       def on_devices(variables, batch):
-        specs = (state_specs(variables), batch_specs(batch, leading=1))
+        specs = (layout.specs(variables), batch_specs(batch, leading=1))
         return layout.map(f, specs, out_spec)(variables, batch)
 
       return jax.jit(on_devices)

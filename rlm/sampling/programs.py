@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from rlm.models.cache import TokenCache
 from rlm.models.layout import Layout
 from rlm.parallel.config import ROWS
-from rlm.parallel.sharding import shardings, state_specs
+from rlm.parallel.sharding import shardings
 from rlm.sampling import loop
 from rlm.sampling.config import SamplingConfig
 from rlm.sampling.draw import argmax_tokens, draw_tokens
@@ -111,14 +111,14 @@ def make_programs(
     return slots, drawn
 
   def divided_prefill(variables, tokens, lengths):
-    specs = (state_specs(variables), rows, rows)
+    specs = (layout.specs(variables), rows, rows)
     return layout.map(prefill, specs, whole_rows)(variables, tokens, lengths)
 
   def divided_decode(variables, slots, max_steps, min_live):
     drawn = loop.Drawn(columns, columns, routes, rows, rows)
     return layout.map(
       decode,
-      (state_specs(variables), slots_specs, P(), P()),
+      (layout.specs(variables), slots_specs, P(), P()),
       (slots_specs, drawn),
     )(variables, slots, max_steps, min_live)
 

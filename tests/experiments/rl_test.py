@@ -67,7 +67,10 @@ def results(folder):
   """What must not depend on interruptions."""
   folder = pathlib.Path(folder)
   summary = json.loads((folder / "summary.json").read_text())
-  summary.pop("seconds")
+  seconds = summary.pop("seconds")
+  ledger = summary.pop("ledger")
+  assert ledger["flops"] == summary["flops"]
+  assert ledger["device_hours"] == pytest.approx(2 * seconds / 3600)
   state = {
     name: jax.tree.map(
       lambda x: np.asarray(x).tobytes(),

@@ -143,7 +143,8 @@ def assert_same_run(got, expected, *, loss=1e-5, gradient=1e-4):
   "mesh",
   [
     pytest.param(dict(fsdp=8), marks=full),
-    dict(data=2, expert=4),
+    pytest.param(dict(data=2, expert=4), marks=full),
+    dict(data=2, expert=4, dense_over_expert=False),
     dict(fsdp=2, expert=2, tensor=2),
     dict(context=4),
   ],

@@ -234,6 +234,19 @@ def test_no_chip_of_512_holds_much_more_of_v3_than_its_share(published):
   assert held / (total / 512) < 1.05
 
 
+def test_matrices_outside_of_the_experts_may_be_whole_there():
+  specs = sharding.state_specs(mesh_shapes(), dense_over_expert=False)
+  layers = specs["params"]["moe_layers"]
+  assert layers["attn"]["out_proj"] == P(None, "tensor", ("fsdp", "context"))
+  assert layers["ffn"]["router"] == P(None, ("fsdp", "context"), None)
+  divided = sharding.state_specs(mesh_shapes())["params"]
+  for name in ("gate_proj", "down_proj"):
+    assert layers["ffn"][name] == divided["moe_layers"]["ffn"][name]
+  assert specs["params"]["head"] == divided["head"]
+  mesh = mesh_of(expert=8, tensor=1)
+  sharding.check_fits(mesh, mesh_shapes(), "mesh")
+
+
 def test_shardings_are_of_the_mesh():
   layout = lay(mesh_model("v3"), fsdp=2, expert=2, tensor=2)
   specs = sharding.state_specs(mesh_shapes())

@@ -107,6 +107,11 @@ def in_int8(params):
     ("v3_moe", dict(data=2, expert=2, tensor=2)),
     pytest.param("v3_moe", dict(fsdp=4), marks=pytest.mark.full),
     pytest.param("v3_moe", dict(expert=8), marks=pytest.mark.full),
+    pytest.param(
+      "v3_moe",
+      dict(expert=4, dense_over_expert=False),
+      marks=pytest.mark.full,
+    ),
     pytest.param("v3", dict(fsdp=2, expert=4), marks=pytest.mark.full),
     pytest.param("v2", dict(fsdp=2, expert=4), marks=pytest.mark.full),
     pytest.param("qwen2", dict(data=2, tensor=2), marks=pytest.mark.full),
