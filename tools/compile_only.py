@@ -103,14 +103,16 @@ def memory_of(compiled: Any, program: Any, chip: Any) -> dict:
   }
 
 
-def expected_rows(program: Any) -> tuple[float, float]:
+def expected_rows(program: Any) -> tuple[dict[int, float], float]:
   """Rows of an exchange, and of a grouped product, under even routing.
 
   The mean over tokens of the devices that hold any of their experts, by drawing
-  tokens with random scores; times the tokens that travel at once.
+  tokens with random scores; times the tokens that travel at once. Of two legs
+  the first goes to each group of devices once, the second on from there.
 
-  Raises:
-    ValueError: a way of two levels, of which each has another number.
+  Returns:
+    Rows that a device hands out, by how far apart in the mesh the devices of
+    the leg are; rows of its grouped product.
   """
   import numpy as np
 
@@ -118,13 +120,7 @@ def expected_rows(program: Any) -> tuple[float, float]:
   exchange = layout.shard.exchange
   per_device = program.tokens // program.trips
   if c.is_dense or not exchange.levels:
-    return 0.0, float(per_device * c.num_experts_per_tok)
-  if len(exchange.levels) > 1:
-    raise ValueError(
-      f"mesh.expert={layout.cfg.expert} exceeds n_group={c.n_group}: rows take"
-      " two legs, whose traffic is not told apart here. Set"
-      " --config.mesh.node_limited=False to count one."
-    )
+    return {}, float(per_device * c.num_experts_per_tok)
   rng = np.random.default_rng(0)
   scores = rng.random((1 << 14, c.n_group, c.n_routed_experts // c.n_group))
   if c.topk_method != "greedy" and c.n_group > 1:
@@ -135,10 +131,15 @@ def expected_rows(program: Any) -> tuple[float, float]:
     scores = np.where(mask[..., None], scores, -1)
   flat = scores.reshape(len(scores), -1)
   chosen = np.argsort(-flat, axis=-1)[:, : c.num_experts_per_tok]
-  device = chosen // (c.n_routed_experts // exchange.shards)
-  distinct = np.mean([len(set(row)) for row in device.tolist()])
   tokens = min(exchange.chunk or per_device, per_device)
-  return float(distinct * tokens), float(tokens * c.num_experts_per_tok)
+  within = layout.cfg.context * layout.cfg.tensor  # of one device of `expert`
+  rows, reached = {}, 1
+  for level in exchange.levels:
+    reached *= level.peers
+    peer = chosen // (c.n_routed_experts // reached)
+    distinct = np.mean([len(set(row)) for row in peer.tolist()])
+    rows[level.stride * within] = float(distinct * tokens)
+  return rows, float(tokens * c.num_experts_per_tok)
 
 
 def analyse(text: str, program: Any, chip: Any, flops: float) -> dict:
@@ -164,7 +165,7 @@ def analyse(text: str, program: Any, chip: Any, flops: float) -> dict:
     run = hlo_loops.follow(module, default_trips=1, dynamic_trips=trips)
   axes = hlo_groups.MeshAxes.of(program.layout.mesh)
   work = hlo_work.count_work(run, ragged_rows=multiplied)
-  traffic = hlo_traffic.read_traffic(run, axes, ragged_rows=exchanged or None)
+  traffic = hlo_traffic.read_traffic(run, axes, ragged_rows=exchanged)
   efficiency = roofline.calibrate(hardware.CHIPS["v5p"])
   prediction = roofline.predict(
     chip=chip,

@@ -132,7 +132,7 @@ class Traffic:
 
 
 def read_traffic(
-  run: Run, mesh: MeshAxes, *, ragged_rows: float | None = None
+  run: Run, mesh: MeshAxes, *, ragged_rows: Mapping[int, float] | None = None
 ) -> Traffic:
   """Finds and counts the collectives of a run.
 
@@ -140,8 +140,9 @@ def read_traffic(
     run: of the program, from `hlo_loops.follow`.
     mesh: that it was compiled for.
     ragged_rows: of a ragged all-to-all's operand, the rows that a chip hands
-      out at each execution, as expected, those for itself included; needed
-      where the program has one.
+      out at each execution, as expected, those for itself included; by how far
+      apart the partitions of a group are, as exchanges of several legs differ
+      in it. Needed where the program has one.
 
   Raises:
     HloError: the mesh is not of the program's size; a ragged all-to-all without
@@ -175,7 +176,7 @@ def _collective(
   e: Execution,
   opcode: str,
   mesh: MeshAxes,
-  ragged_rows: float | None,
+  ragged_rows: Mapping[int, float] | None,
 ) -> Collective:
   i, c = e.instruction, module[e.instruction.computation]
   operands = [o.shape for o in c.operands_of(i)]
@@ -210,12 +211,13 @@ def _collective(
       factor *= 2
       instead_of = meant
   elif opcode == "ragged-all-to-all":
-    if ragged_rows is None:
+    apart = int(groups[0, 1] - groups[0, 0])
+    if ragged_rows is None or apart not in ragged_rows:
       raise HloError(
-        f"{i.name}: how much a ragged all-to-all sends is not in the program;"
-        " give ragged_rows"
+        f"{i.name}: how much a ragged all-to-all between partitions {apart}"
+        " apart sends is not in the program; give ragged_rows"
       )
-    factor *= min(1.0, ragged_rows / operands[0].dims[0])
+    factor *= min(1.0, ragged_rows[apart] / operands[0].dims[0])
   elif opcode == "collective-permute":
     factor = 1.0 if axes else 0.0
   algorithm = i.backend_config.get("collective_algorithm_config", {})

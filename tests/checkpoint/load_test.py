@@ -107,6 +107,7 @@ def test_settings_out_of_range(tmp_path):
     _ = rlm.load_checkpont
 
 
+@pytest.mark.full
 def test_chunks_of_training_do_not_bind_the_importer(tmp_path):
   publish(tmp_path, cases.CONFIGS["qwen2"])
   model, variables = rlm.load_checkpoint(tmp_path)

@@ -34,8 +34,12 @@ from tests.tiny_model import lay, mesh_of
       r"mesh\.tensor=4 does not divide num_key_value_heads=2\. Make it one of"
       r" 1, 2\.",
     ),
-    ("v3", dict(expert=3), r"expert=3.* does not divide the .* one of 1, 2\."),
-    ("v3", dict(fsdp=5), r"fsdp=5.* does not divide the 32 of .* 1, 2, 4\."),
+    (
+      "v3",
+      dict(expert=3),
+      r"expert=3.* does not divide the .* one of 1, 2, 4\.",
+    ),
+    ("v3", dict(fsdp=5), r"fsdp=5.* does not divide the 32 of .* 1, 2, 4, 8\."),
   ],
 )
 def test_a_model_that_does_not_fit_is_told_what_would(name, sizes, message):

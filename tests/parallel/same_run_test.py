@@ -213,7 +213,7 @@ def test_the_ragged_transport_too(monkeypatch, mesh):
   ("name", "mesh"),
   [
     pytest.param("v2", dict(fsdp=2, expert=2, context=2), marks=full),
-    ("qwen2", dict(context=2, tensor=2, data=2)),
+    pytest.param("qwen2", dict(context=2, tensor=2, data=2), marks=full),
     pytest.param("qwen3", dict(context=2, tensor=2, fsdp=2), marks=full),
   ],
 )
@@ -221,6 +221,7 @@ def test_other_families_on_a_mesh(name, mesh):
   assert_same_run(run(name, mesh), alone(name))
 
 
+@full
 def test_microbatches_add_up_on_a_mesh():
   mesh = dict(fsdp=2)
   assert_same_run(run("v2", mesh, microbatches=4), alone("v2"))

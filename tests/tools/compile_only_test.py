@@ -114,12 +114,22 @@ def program(tokens, **mesh):
 
 def test_expected_rows_of_an_exchange():
   """Two of eight experts, on four devices: 6 of 7 seconds are elsewhere."""
+  rows = 60 * (1 + 6 / 7)
   exchanged, multiplied = compile_only.expected_rows(program(60, expert=4))
-  assert exchanged == pytest.approx(60 * (1 + 6 / 7), rel=0.02)
+  assert exchanged == {1: pytest.approx(rows, rel=0.02)}
   assert multiplied == 120
-  assert compile_only.expected_rows(program(60)) == (0.0, 120.0)
-  with pytest.raises(ValueError, match="rows take two legs"):
-    compile_only.expected_rows(program(60, expert=8))
+  assert compile_only.expected_rows(program(60)) == ({}, 120.0)
+  divided = program(60, expert=4, tensor=2)
+  assert compile_only.expected_rows(divided)[0].keys() == {2}
+
+
+def test_expected_rows_of_two_legs():
+  """To each of 4 groups of 2 devices once, then to every expert of its own."""
+  exchanged, _ = compile_only.expected_rows(program(60, expert=8))
+  assert exchanged == {
+    2: pytest.approx(60 * (1 + 6 / 7), rel=0.02),
+    1: pytest.approx(120),
+  }
 
 
 def test_the_command_has_its_flags(capsys):

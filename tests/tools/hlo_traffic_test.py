@@ -369,7 +369,7 @@ def test_ragged_all_to_all_forward_and_backward():
   jitted = manual(step, mesh, (P(ALL), P(ALL)), P(ALL))
   with pytest.raises(HloError, match="give ragged_rows"):
     traffic(mesh, jitted, x, sizes)
-  found = traffic(mesh, jitted, x, sizes, ragged_rows=256)
+  found = traffic(mesh, jitted, x, sizes, ragged_rows={1: 256})
   ragged = [c for c in found.collectives if c.kind == "ragged-all-to-all"]
   assert [c.axes for c in ragged] == [ALL] * 2
   # 256 rows of 512 there and of 1024 back.
