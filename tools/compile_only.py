@@ -43,8 +43,14 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_string("hlo", None, "File for the compiled program.", **define)
 
 
-def compile_program(program: Any) -> tuple[Any, dict[str, float]]:
+def compile_program(
+  program: Any, optimization: str
+) -> tuple[Any, dict[str, float]]:
   """Lowers and compiles; returns the executable and the seconds of each.
+
+  Args:
+    program: of `tools.ahead`.
+    optimization: XLA's effort, O0 to O2.
 
   Raises:
     ValueError: the program does not fit into the chip's memory.
@@ -57,6 +63,8 @@ def compile_program(program: Any) -> tuple[Any, dict[str, float]]:
   with compiling_for("tpu"):
     lowered = program.function.lower(*program.arguments)
     lowered_at = time.monotonic()
+    before = jax.config.jax_optimization_level
+    jax.config.update("jax_optimization_level", optimization)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
@@ -68,6 +76,8 @@ def compile_program(program: Any) -> tuple[Any, dict[str, float]]:
         " less at once (model.attention_chunk, model.logits_chunk,"
         " mesh.expert_chunk, batch.microbatch_rows)."
       ) from error
+    finally:
+      jax.config.update("jax_optimization_level", before)
   now = time.monotonic()
   return compiled, {"lower": lowered_at - began, "compile": now - lowered_at}
 
@@ -264,13 +274,11 @@ def report(values: flags.FlagValues) -> dict[str, Any]:
     )
   chip = hardware.CHIPS[kind]
   devices = ahead.describe_slice(values.topology)
-  import jax
 
   from experiments import pretrain
   from rlm import cost, flops
   from rlm.kernels.backend import compiling_for
 
-  jax.config.update("jax_optimization_level", values.optimization)
   cfg = build(pretrain.Config, values.config)
   if cfg.mesh.devices != len(devices):
     raise ValueError(
@@ -279,7 +287,7 @@ def report(values: flags.FlagValues) -> dict[str, Any]:
     )
   with compiling_for("tpu"):
     program, per_token = _program(values, cfg, devices)
-  compiled, seconds = compile_program(program)
+  compiled, seconds = compile_program(program, values.optimization)
   text = compiled.as_text()
   if values.hlo:
     pathlib.Path(values.hlo).write_text(text)
