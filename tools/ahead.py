@@ -132,6 +132,9 @@ def serving_programs(
 
   Returns:
     Prefill of one row per device that holds other rows, and decode.
+
+  Raises:
+    ValueError: the mesh divides rows along their tokens, or not into slots.
   """
   import jax
   import jax.numpy as jnp
@@ -150,6 +153,7 @@ def serving_programs(
     remat="none",
     max_position_embeddings=max(context, cfg.model.max_position_embeddings),
   )
+  cfg.mesh.check_decodes("mesh")
   cfg.mesh.check_rows("mesh", "--slots", slots)
   layout = make_layout(Transformer(model_cfg), cfg.mesh, "mesh", devices)
   programs = make_programs(

@@ -14,9 +14,10 @@ def map_recomputed(
 ) -> Any:
   """`f(shared, part)` of each part, holding what one of them needs at a time.
 
-  As `jax.lax.map` of a `jax.checkpoint`, but for the gradient of `shared`: this
-  sum over the parts is taken in float32 and rounded once, as one product over
-  all of them would be. Left to autodiff, bfloat16 would round every addition.
+  As `jax.lax.map` of a `jax.checkpoint`, but for the gradient of `shared`: what
+  the parts give, each in its own dtype, is added in float32 and rounded once.
+  Left to autodiff, bfloat16 would round after every addition, and the last of
+  many parts would hardly count.
 
   Args:
     f: gives arrays of a floating type. It must not close over arrays.

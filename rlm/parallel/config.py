@@ -4,7 +4,8 @@
 |---|---|---|
 | data | rows of the batch | copies the parameters: the axis between slices |
 | fsdp | rows of the batch | a piece of every matrix, gathered when it is used |
-| expert | rows of the batch | the experts, to which tokens go; else as fsdp |
+| expert | rows of the batch | the experts, to which tokens go; else as fsdp, |
+| | | or nothing (`dense_over_expert`) |
 | context | tokens of a row | a piece of every matrix, as fsdp |
 | tensor | heads, feed-forward widths | nothing: its devices repeat the rest |
 

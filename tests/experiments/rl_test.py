@@ -69,8 +69,12 @@ def results(folder):
   summary = json.loads((folder / "summary.json").read_text())
   seconds = summary.pop("seconds")
   ledger = summary.pop("ledger")
-  assert ledger["flops"] == summary["flops"]
   assert ledger["device_hours"] == pytest.approx(2 * seconds / 3600)
+  metrics = read_jsonl(folder / "metrics.jsonl")
+  timing = read_jsonl(folder / "timing.jsonl")
+  for step, cost in zip(metrics, timing, strict=True):
+    assert cost["flops"] == step["flops"] > 0 and cost["mfu"] > 0
+    assert step["dropped"] == 0
   state = {
     name: jax.tree.map(
       lambda x: np.asarray(x).tobytes(),

@@ -67,6 +67,18 @@ def test_the_way_to_the_experts_follows_the_gate():
   assert len(lay(greedy, **mesh).shard.exchange.levels) == 1
 
 
+def test_what_is_whole_over_the_experts_is_not_gathered():
+  whole = lay(mesh_model("v3"), expert=4, dense_over_expert=False)
+  divided = lay(mesh_model("v3"), expert=4)
+  assert not whole.shard.gathers and divided.shard.gathers
+  for layout, rows in ((whole, 32), (divided, 8)):
+    places = layout.shardings(mesh_variables("v3"))["params"]["moe_layers"]
+    kv_a = places["attn"]["kv_a"]
+    assert kv_a.shard_shape((2, 32, 20)) == (2, rows, 20)
+    gate = places["ffn"]["gate_proj"]
+    assert gate.shard_shape((2, 8, 32, 16)) == (2, 2, 32, 16)
+
+
 def test_a_state_is_made_where_it_lies():
   layout = lay(mesh_model("v3"), fsdp=2, expert=2, tensor=2)
   variables = mesh_variables("v3")

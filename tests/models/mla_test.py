@@ -92,6 +92,10 @@ def test_chunks_of_one_row_after_the_other_are_the_whole(name):
     )(variables, x)
     for chunk in (2, 0)
   )
+  jaxpr = str(jax.make_jaxpr(functools.partial(scalar, chunk=2))(variables, x))
+  assert "length=3" in jaxpr and "length=3" not in str(
+    jax.make_jaxpr(functools.partial(scalar, chunk=0))(variables, x)
+  )
   # Sums over rows and chunks in another order; values reach a few hundred.
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(

@@ -3,6 +3,7 @@
 import json
 import types
 
+import jax
 import pytest
 from absl import flags
 
@@ -93,9 +94,20 @@ def test_serving_is_compiled(tmp_path, program):
 @pytest.mark.tpu
 def test_what_does_not_fit_is_said(tmp_path, capsys):
   pytest.importorskip("libtpu", reason="needs pip install 'rlm[tpu]'")
+  before = jax.config.jax_optimization_level
   with pytest.raises(SystemExit):
     run(tmp_path, *SMALL, "--config.model.vocab_size=16777216")
   assert "train does not fit" in capsys.readouterr().err
+  assert jax.config.jax_optimization_level == before
+
+
+@pytest.mark.tpu
+def test_rows_that_are_divided_do_not_decode(tmp_path, capsys):
+  pytest.importorskip("libtpu", reason="needs pip install 'rlm[tpu]'")
+  divided = ("--config.mesh.fsdp=1", "--config.mesh.context=2")
+  with pytest.raises(SystemExit):
+    run(tmp_path, *SMALL, *divided, "--program=decode", "--context=1024")
+  assert "mesh.context=2: decoding adds one" in capsys.readouterr().err
 
 
 def test_an_unknown_chip_is_named(tmp_path, capsys):
