@@ -307,12 +307,14 @@ class CheckpointManager:
     return self
 
   def __exit__(self, exc_type, exc, traceback):
-    try:
-      # What goes wrong here would hide what went wrong before.
-      with contextlib.suppress(*((Exception,) if exc_type else ())):
+    # What goes wrong here would hide what went wrong before: Orbax tells of a
+    # full disk once more when it is closed.
+    hidden = (Exception,) if exc_type else ()
+    with contextlib.suppress(*hidden), files.clear_disk_errors(self.folder):
+      try:
         self.wait()
-    finally:
-      self.close()
+      finally:
+        self.close()
 
   def _read(self, step: int, template: Any) -> tuple[Any, dict[str, Any]]:
     """One checkpoint, checked against config, template and checksums."""

@@ -11,7 +11,7 @@ exit code of each is printed.
 ACTION@EVENT#N acts at the N-th event of a kind in its process:
   kill   SIGKILL
   term   SIGTERM
-  tear   a file of the newest checkpoint of the stage loses a byte; SIGKILL
+  tear   a file of the stage's second checkpoint loses a byte; SIGKILL
   fill   the disk is full from now on, until the next process starts
 "none" runs to the end.
 
@@ -30,6 +30,7 @@ import pathlib
 import shutil
 import signal
 import sys
+import time
 
 from experiments import launch, r1
 from tests.experiments import shrunk_laptop
@@ -80,11 +81,18 @@ class Faults:
 
 
 def tear(checkpoints):
-  """Cuts the last byte off the newest checkpoint's largest file."""
-  newest = max(
-    (path for path in checkpoints.iterdir() if path.name.isdecimal()),
-    key=lambda path: int(path.name),
-  )
+  """Cuts the last byte off the second checkpoint's largest file.
+
+  Checkpoints are written in the background: it may have to be waited for.
+  """
+  deadline = time.monotonic() + 60
+  while True:
+    steps = [p for p in checkpoints.iterdir() if p.name.isdecimal()]
+    if len(steps) > 1:
+      break
+    assert time.monotonic() < deadline, f"{checkpoints} holds one checkpoint"
+    time.sleep(0.05)
+  newest = max(steps, key=lambda path: int(path.name))
   files = [path for path in newest.rglob("*") if path.is_file()]
   largest = max(files, key=lambda path: path.stat().st_size)
   os.truncate(largest, largest.stat().st_size - 1)

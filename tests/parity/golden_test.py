@@ -10,7 +10,7 @@ import json
 import numpy as np
 import pytest
 
-from rlm.models import moe
+from rlm.models import experts
 from tests.parity import cases, compare
 from tests.parity.compare import golden, part, rest_in_full
 from tests.parity.ours import Ours, forward, make_batch, quick_jit
@@ -60,7 +60,7 @@ def test_a_wrong_sublayer_is_named(load):
 @pytest.mark.full
 def test_sorted_experts(load, monkeypatch):
   """As with more tokens than these: by grouped products, not all experts."""
-  monkeypatch.setattr(moe, "DENSE_TOKENS", 0)
+  monkeypatch.setattr(experts, "DENSE_TOKENS", 0)
   ours = load("deepseek_v3")
   ours = Ours(ours.model, ours.variables)  # not compiled yet
   outputs, gradients = ours.run_batch("padded")
