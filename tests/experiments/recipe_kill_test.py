@@ -201,7 +201,8 @@ def test_a_full_disk_is_told_and_the_run_goes_on_once_there_is_room(
     done.stderr.count("error: no space left on the disk while writing") == 2
   )
   assert done.stderr.count("run the same command again: it continues") == 2
-  assert "Traceback" not in done.stderr
+  # Orbax logs what its threads met, with their traces; ours ends in a message.
+  assert "experiments/launch.py" not in done.stderr
   check_same(tmp_path / "after", expected)
 
 
