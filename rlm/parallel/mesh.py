@@ -70,7 +70,9 @@ def _arranged(arrange: Callable, *args: Any) -> np.ndarray:
   """Whole sides of the torus for every axis, or parts of one if need be."""
   try:
     return arrange(*args)
-  except NotImplementedError:  # an axis of 16 in a slice of 8x8x8
+  except NotImplementedError:
+    # How jax says that an axis fills no whole sides, as 16 does in a slice of
+    # 8x8x8. Parts are its second choice: their rings are shared.
     return arrange(*args, allow_split_physical_axes=True)
 
 

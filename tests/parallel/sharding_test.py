@@ -85,15 +85,8 @@ def test_a_parameter_of_no_table_is_named():
     sharding.state_specs({"router": jnp.ones((2, 3, 4))})
 
 
-ADAMW = OptimizerConfig(
-  clip_norm=1.0,
-  b1=0.9,
-  b2=0.95,
-  eps=1e-8,
-  weight_decay=0.1,
-  moment_dtype="bfloat16",
-  muon=None,
-)
+V3 = runpy.run_path("configs/pretrain/deepseek_v3.py")["get_config"]()
+ADAMW = build(OptimizerConfig, V3.optimizer)
 MUON = dataclasses.replace(
   ADAMW,
   muon=MuonConfig(momentum=0.95, ns_steps=5, update_rms=0.2, adam_factor=0.3),
@@ -191,8 +184,7 @@ def test_sizes_that_do_not_divide_name_those_that_would(sizes, message):
 @pytest.fixture(scope="module")
 def published():
   """The shapes of DeepSeek-V3, 671B parameters and MTP."""
-  path = "configs/pretrain/deepseek_v3.py"
-  cfg = build(pretrain.Config, runpy.run_path(path)["get_config"]())
+  cfg = build(pretrain.Config, V3)
   return initial.shapes(Transformer(cfg.model))
 
 
