@@ -50,18 +50,17 @@ class Aux(NamedTuple):
 LossFn = Callable[[Any, Batch, jax.Array], tuple[jax.Array, Aux]]
 
 
-def count_choices(*routings: Routing) -> jax.Array:
+def count_choices(routing: Routing) -> jax.Array:
   """Choices of an expert by a token, padding too: the dropped ones, and all.
 
   Args:
-    routings: with a leading axis of layers.
+    routing: with a leading axis of layers.
 
   Returns:
     float32 [2].
   """
-  dropped = sum(routing.dropped.sum() for routing in routings)
-  total = sum(routing.expert_ids.size for routing in routings)
-  return jnp.stack([jnp.asarray(dropped), jnp.float32(total)])
+  total = jnp.float32(routing.expert_ids.size)
+  return jnp.stack([routing.dropped.sum(), total])
 
 
 class _Softmax(NamedTuple):

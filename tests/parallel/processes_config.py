@@ -1,4 +1,4 @@
-"""configs/pretrain/laptop.py made tiny: six steps on 8 devices, growing rows."""
+"""configs/pretrain/laptop.py made tiny: six steps on 8 devices, more rows."""
 
 from configs.pretrain import laptop
 
