@@ -90,7 +90,8 @@ class Config:
     keep_checkpoints: how many of the newest stay.
     keep_best: which one stays beside them, by what metric; None for none.
     on_nonfinite: "stop" with the batch saved, or "skip" the update.
-    peak_flops: of the device, for MFU; None measures a matrix product.
+    peak_flops: of all devices together, operations per second, for MFU; None
+      takes the published one, or measures a matrix product where none is.
   """
 
   stage: str
