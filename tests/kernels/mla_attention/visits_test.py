@@ -1,0 +1,49 @@
+"""Which tiles of a cache a row visits."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rlm.kernels.mla_attention.visits import visited_tiles
+
+
+def test_a_list_by_hand():
+  mask = np.zeros((4, 2, 12), bool)
+  mask[0, 0, 11] = mask[0, 1, 3] = True  # tiles 0 and 2, by two queries
+  mask[1, 0, 4:8] = True  # one tile, whole
+  mask[3] = True  # all; row 2 sees nothing
+  ids, counts = visited_tiles(jnp.asarray(mask), 4)
+  np.testing.assert_array_equal(
+    ids, [[0, 2, 2], [1, 1, 1], [0, 0, 0], [0, 1, 2]]
+  )
+  np.testing.assert_array_equal(counts, [2, 1, 0, 3])
+  assert ids.dtype == counts.dtype == jnp.int32
+
+
+@given(
+  st.integers(1, 3),
+  st.integers(1, 3),
+  st.integers(1, 9),
+  st.sampled_from([1, 2, 8]),
+  st.floats(0, 0.3),
+)
+def test_the_list_holds_every_tile_that_is_seen_once(b, t, tiles, tile, share):
+  key = jax.random.key(b * 100 + t * 10 + tiles)
+  mask = jax.random.bernoulli(key, share, (b, t, tiles * tile))
+  ids, counts = visited_tiles(mask, tile)
+  assert ids.shape == (b, tiles)
+  for row in range(b):
+    seen = np.flatnonzero(np.asarray(mask[row]).any(0)) // tile
+    expected = np.unique(seen)
+    n = int(counts[row])
+    np.testing.assert_array_equal(ids[row, :n], expected)
+    rest = expected[-1] if n else 0
+    np.testing.assert_array_equal(ids[row, n:], rest)
+
+
+def test_a_tile_that_does_not_divide_the_keys_is_told():
+  with pytest.raises(ValueError, match="tile=5 does not divide the 12 keys"):
+    visited_tiles(jnp.ones((1, 1, 12), bool), 5)
