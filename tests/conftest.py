@@ -37,6 +37,16 @@ def pytest_xdist_make_scheduler(config, log):
   return _ByFile(config, log)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_file():
+  """A process that keeps thousands of programs runs out of memory maps.
+
+  XLA then ends it with a segmentation fault, where it compiles the next one.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def environment_as_found():
   """Launching a run sets variables that the next test's children would see."""
