@@ -49,7 +49,7 @@ def compile_program(
   """Lowers and compiles; returns the executable and the seconds of each.
 
   Args:
-    program: of `tools.ahead`.
+    program: of `tools.ahead`, within whose `compiling_for` this is called.
     optimization: XLA's effort, O0 to O2.
 
   Raises:
@@ -57,27 +57,24 @@ def compile_program(
   """
   import jax
 
-  from rlm.kernels.backend import compiling_for
-
   began = time.monotonic()
-  with compiling_for("tpu"):
-    lowered = program.function.lower(*program.arguments)
-    lowered_at = time.monotonic()
-    before = jax.config.jax_optimization_level
-    jax.config.update("jax_optimization_level", optimization)
-    try:
-      compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      raise ValueError(
-        f"{program.name} does not fit: {str(error).splitlines()[0]}\nDivide the"
-        " model or its rows further (mesh), keep less (model.remat), or handle"
-        " less at once (model.attention_chunk, model.logits_chunk,"
-        " mesh.expert_chunk, batch.microbatch_rows)."
-      ) from error
-    finally:
-      jax.config.update("jax_optimization_level", before)
+  lowered = program.function.lower(*program.arguments)
+  lowered_at = time.monotonic()
+  before = jax.config.jax_optimization_level
+  jax.config.update("jax_optimization_level", optimization)
+  try:
+    compiled = lowered.compile()
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    raise ValueError(
+      f"{program.name} does not fit: {str(error).splitlines()[0]}\nDivide the"
+      " model or its rows further (mesh), keep less (model.remat), or handle"
+      " less at once (model.attention_chunk, model.logits_chunk,"
+      " mesh.expert_chunk, batch.microbatch_rows)."
+    ) from error
+  finally:
+    jax.config.update("jax_optimization_level", before)
   now = time.monotonic()
   return compiled, {"lower": lowered_at - began, "compile": now - lowered_at}
 
@@ -285,9 +282,9 @@ def report(values: flags.FlagValues) -> dict[str, Any]:
       f"mesh has {cfg.mesh.devices} devices, and {values.topology}"
       f" {len(devices)}. Make the product of its axes {len(devices)}."
     )
-  with compiling_for("tpu"):
+  with compiling_for("tpu", devices[0].device_kind):
     program, per_token = _program(values, cfg, devices)
-  compiled, seconds = compile_program(program, values.optimization)
+    compiled, seconds = compile_program(program, values.optimization)
   text = compiled.as_text()
   if values.hlo:
     pathlib.Path(values.hlo).write_text(text)

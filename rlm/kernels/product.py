@@ -1,9 +1,10 @@
 """How exact a product is: one decision, for every matrix product of rlm.
 
-A product takes its operands as they are and sums in float32. One of float32
-is exact: by default a GPU would round its operands to TF32 and a TPU to
-bfloat16, and then the trainer and the sampler, whose shapes differ, would not
-agree within 1e-4. The CPU multiplies in float32 either way.
+A product takes its operands as they are and sums in float32; those of float64,
+which only references are made of, in float64. One of float32 is exact: by
+default a GPU would round its operands to TF32 and a TPU to bfloat16, and then
+the trainer and the sampler, whose shapes differ, would not agree within 1e-4.
+The CPU multiplies in float32 either way.
 """
 
 from typing import Any
@@ -14,10 +15,11 @@ import jax.numpy as jnp
 
 def exact_sums(dtype: Any) -> dict[str, Any]:
   """Keywords of a product of operands of `dtype`, for any function of jax."""
-  exact = jnp.dtype(dtype) == jnp.float32
+  sums = jnp.promote_types(dtype, jnp.float32)
+  exact = sums == jnp.dtype(dtype)
   return {
     "precision": jax.lax.Precision.HIGHEST if exact else None,
-    "preferred_element_type": jnp.float32,
+    "preferred_element_type": sums,
   }
 
 
@@ -30,7 +32,7 @@ def exact_rounded(dtype: Any) -> dict[str, Any]:
 
 
 def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-  """`jnp.einsum` of two arrays of one dtype; float32, as it was summed.
+  """`jnp.einsum` of two arrays of one dtype; float32 (or 64), as it was summed.
 
   Raises:
     TypeError: the dtypes differ, so that neither says how exact it must be.

@@ -1,0 +1,248 @@
+"""Expanded latent attention on a TPU, forward.
+
+Grid (B, N, tiles of queries, spans of keys). A span of keys and values of one
+head stays in VMEM while the queries pass by; the rope key, which all heads
+share, is read once a row. Inside a step a loop goes over the tiles of keys that
+the tile of queries may see, with the running maximum and sum of the softmax
+(arXiv:2205.14135). Queries are sublanes, keys are lanes. Rope parts come with
+their R numbers as sublanes, since a TPU pads 64 lanes to 128, in HBM too.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rlm.kernels.attention import MASKED
+from rlm.kernels.backend import interpretation
+from rlm.kernels.mla_attention.tiles import Cut
+from rlm.kernels.mla_attention.visible import (
+  hull,
+  tile_bounds,
+  tiles_that_meet,
+)
+from rlm.kernels.product import exact_sums
+
+LANES = 128
+# Which axes a product contracts.
+ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # x y^T
+ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # x y
+COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # x^T y
+
+
+def column(row: jax.Array) -> jax.Array:
+  """[1, L] along lanes -> [L, 1] along sublanes."""
+  return jnp.broadcast_to(row, (LANES, row.shape[1])).T[:, :1]
+
+
+def _kernel(
+  start_ref,  # int32 [B, query tiles]: the first tile of keys seen
+  stop_ref,  # and the one after the last
+  q_nope_ref,  # [queries, H]
+  q_rope_ref,  # [R, queries]
+  k_nope_ref,  # [span, H]
+  k_rope_ref,  # [R, span]
+  v_ref,  # [span, h]
+  q_places_ref,  # int32 [2, queries]: positions, segments
+  kv_places_ref,  # int32 [2, span]
+  out_ref,  # [queries, h]
+  rest_ref,  # [queries, h]: what rounding took from it
+  softmax_ref,  # float32 [2, queries]: maximum and sum
+  q_rope_rows_ref,  # scratch [queries, R]
+  top_ref,  # scratch float32 [queries, LANES]
+  total_ref,
+  sum_ref,  # scratch float32 [queries, h]
+  *,
+  scale: float,
+  keys: int,
+):
+  row, query_tile, span = pl.program_id(0), pl.program_id(2), pl.program_id(3)
+
+  @pl.when(span == 0)
+  def _():
+    q_rope_rows_ref[...] = q_rope_ref[...].T
+    top_ref[...] = jnp.full_like(top_ref, MASKED)
+    total_ref[...] = jnp.zeros_like(total_ref)
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+
+  q_position = column(q_places_ref[0:1, :])
+  q_segment = column(q_places_ref[1:2, :])
+  dot = functools.partial(jax.lax.dot_general, **exact_sums(q_nope_ref.dtype))
+
+  def visit(tile, _):
+    here = pl.ds(tile * keys, keys)
+    scores = dot(q_nope_ref[...], k_nope_ref[here, :], ROWS_BY_ROWS)
+    scores += dot(q_rope_rows_ref[...], k_rope_ref[:, here], ROWS_BY_COLUMNS)
+    seen = q_segment == kv_places_ref[1:2, here]
+    seen &= q_position >= kv_places_ref[0:1, here]
+    seen &= q_segment != 0
+    scores = jnp.where(seen, scores * scale, MASKED)
+    old_top = top_ref[:, :1]
+    top = jnp.maximum(old_top, scores.max(axis=1, keepdims=True))
+    # Without a key yet, top = MASKED would turn masked scores into weights 1.
+    weights = jnp.exp(scores - jnp.maximum(top, MASKED / 2))
+    shrink = jnp.exp(old_top - top)
+    total = shrink * total_ref[:, :1] + weights.sum(axis=1, keepdims=True)
+    top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
+    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
+    sum_ref[...] = shrink * sum_ref[...] + dot(
+      weights.astype(v_ref.dtype), v_ref[here, :], ROWS_BY_COLUMNS
+    )
+
+  tiles = k_nope_ref.shape[0] // keys
+  start = jnp.maximum(start_ref[row, query_tile] - span * tiles, 0)
+  stop = jnp.minimum(stop_ref[row, query_tile] - span * tiles, tiles)
+  jax.lax.fori_loop(start, stop, visit, None)
+
+  @pl.when(span == pl.num_programs(3) - 1)
+  def _():
+    total = total_ref[:, :1]
+    exact = sum_ref[...] / jnp.where(total > 0, total, 1.0)
+    out = exact.astype(out_ref.dtype)
+    out_ref[...] = out
+    rest_ref[...] = (exact - out.astype(jnp.float32)).astype(rest_ref.dtype)
+    softmax_ref[0:1, :] = top_ref[...].T[:1, :]
+    softmax_ref[1:2, :] = total_ref[...].T[:1, :]
+
+
+def forward(
+  q_nope: jax.Array,
+  q_rope: jax.Array,
+  k_nope: jax.Array,
+  k_rope: jax.Array,
+  v: jax.Array,
+  q_places: jax.Array,
+  kv_places: jax.Array,
+  *,
+  scale: float,
+  q_cut: Cut,
+  kv_cut: Cut,
+  vmem_bytes: int,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Attention of whole tiles.
+
+  Args:
+    q_nope: [B, N, T, H].
+    q_rope: [B, N, R, T].
+    k_nope: [B, N, S, H].
+    k_rope: [B, R, S].
+    v: [B, N, S, h].
+    q_places: int32 [B, 2, T]: positions, segment ids.
+    kv_places: int32 [B, 2, S].
+    scale: factor on the scores.
+    q_cut: T in tiles.
+    kv_cut: S in tiles, and in spans that VMEM holds.
+    vmem_bytes: that the kernel may take.
+
+  Returns:
+    out [B, N, T, h] in the dtype of `q_nope`; what rounding to it took away,
+    likewise; float32 [B, N, 2, T], the maximum of a query's scores and the sum
+    of their exponentials relative to it, 0 where it sees no key.
+  """
+  b, n, t, h_nope = q_nope.shape
+  s, h_rope, h_v = k_nope.shape[2], q_rope.shape[2], v.shape[3]
+  queries, keys, span = q_cut.tile, kv_cut.tile, kv_cut.held
+  meet = tiles_that_meet(
+    tile_bounds(q_places[:, 0], q_places[:, 1], queries),
+    tile_bounds(kv_places[:, 0], kv_places[:, 1], keys),
+  )
+  start, stop = hull(meet)
+
+  def span_seen(row, i, j, start_ref, stop_ref):
+    """Spans without a key to see are not fetched: the nearest one stays."""
+    # `//` asks for the sign, which Mosaic lowers only where a chip is at hand.
+    first = jax.lax.div(start_ref[row, i] * keys, span)
+    last = jax.lax.div((jnp.maximum(stop_ref[row, i], 1) - 1) * keys, span)
+    return jnp.clip(j, first, last)
+
+  def of_queries(width):
+    return pl.BlockSpec(
+      (None, None, queries, width), lambda b, n, i, j, *_: (b, n, i, 0)
+    )
+
+  def of_keys(width):
+    return pl.BlockSpec(
+      (None, None, span, width),
+      lambda b, n, i, j, *refs: (b, n, span_seen(b, i, j, *refs), 0),
+    )
+
+  def of_all_heads(width):
+    return pl.BlockSpec(
+      (None, width, span),
+      lambda b, n, i, j, *refs: (b, 0, span_seen(b, i, j, *refs)),
+    )
+
+  operands = (q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places)
+  out_shape = (
+    jax.ShapeDtypeStruct((b, n, t, h_v), q_nope.dtype),
+    jax.ShapeDtypeStruct((b, n, t, h_v), q_nope.dtype),
+    jax.ShapeDtypeStruct((b, n, 2, t), jnp.float32),
+  )
+  return pl.pallas_call(
+    functools.partial(_kernel, scale=scale, keys=keys),
+    grid_spec=pltpu.PrefetchScalarGridSpec(
+      num_scalar_prefetch=2,
+      grid=(b, n, t // queries, s // span),
+      in_specs=[
+        of_queries(h_nope),
+        pl.BlockSpec(
+          (None, None, h_rope, queries), lambda b, n, i, j, *_: (b, n, 0, i)
+        ),
+        of_keys(h_nope),
+        of_all_heads(h_rope),
+        of_keys(h_v),
+        pl.BlockSpec((None, 2, queries), lambda b, n, i, j, *_: (b, 0, i)),
+        of_all_heads(2),
+      ],
+      out_specs=[
+        of_queries(h_v),
+        of_queries(h_v),
+        pl.BlockSpec(
+          (None, None, 2, queries), lambda b, n, i, j, *_: (b, n, 0, i)
+        ),
+      ],
+      scratch_shapes=[
+        pltpu.VMEM((queries, h_rope), q_rope.dtype),
+        pltpu.VMEM((queries, LANES), jnp.float32),
+        pltpu.VMEM((queries, LANES), jnp.float32),
+        pltpu.VMEM((queries, h_v), jnp.float32),
+      ],
+    ),
+    out_shape=out_shape,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"),
+      vmem_limit_bytes=vmem_bytes,
+    ),
+    cost_estimate=estimate(
+      b * n * pairs_seen(t, s),
+      flops=2 * (h_nope + h_rope + h_v),
+      arrays=(*operands, *out_shape),
+    ),
+    interpret=interpretation(),
+    name="mla_attention_forward",
+  )(start, stop, *operands)
+
+
+def pairs_seen(t: int, s: int) -> int:
+  """Query-key pairs that are reckoned with: half where T = S, all else.
+
+  What is seen depends on positions, which a program does not know ahead.
+  """
+  return t * (t + 1) // 2 if t == s else t * s
+
+
+def estimate(pairs: int, *, flops: int, arrays: tuple) -> pl.CostEstimate:
+  """For XLA's scheduler and our counts: every array passes HBM once.
+
+  Args:
+    pairs: of queries and keys, over rows and heads.
+    flops: of a pair.
+    arrays: read and written.
+  """
+  return pl.CostEstimate(
+    flops=pairs * flops,
+    transcendentals=pairs,
+    bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays),
+  )
