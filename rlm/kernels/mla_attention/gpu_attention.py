@@ -7,7 +7,8 @@ import jax.numpy as jnp
 
 from rlm.kernels.backend import chip
 from rlm.kernels.mla_attention.gpu_backward import backward
-from rlm.kernels.mla_attention.gpu_forward import COMPUTING, ROWS, forward
+from rlm.kernels.mla_attention.gpu_forward import forward
+from rlm.kernels.mla_attention.gpu_products import COMPUTING, ROWS
 from rlm.kernels.mla_attention.tiles import GpuTiles, gpu_tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16)

@@ -41,25 +41,33 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rlm.kernels.backend import interpretation
 from rlm.kernels.mla_attention.gpu_forward import (
-  COMPUTING,
   LOG2_E,
-  ROWS,
+  drain,
   masked_places,
-  multiply,
   seen,
-  through_memory,
   visits,
+)
+from rlm.kernels.mla_attention.gpu_products import (
+  COMPUTING,
+  ROWS,
+  multiply,
+  multiply_turned,
+  spare_memory,
 )
 from rlm.kernels.mla_attention.tiles import GpuTiles
 
 
-def _turned(ref):
-  """[M, K] in SMEM read as [K, M]."""
-  return plgpu.transpose_ref(ref, (1, 0))
-
-
 def _gradient_of_scores(
-  products, whole, mask, lse, delta, *, shape, query_axis, scale, dtype
+  products,
+  whole,
+  mask,
+  lse,
+  delta,
+  *,
+  query_axis,
+  scale,
+  spare,
+  group,
 ):
   """The weights of a tile and the gradient of its scores, less the scale.
 
@@ -70,20 +78,22 @@ def _gradient_of_scores(
     mask: () -> bool `shape`.
     lse: float32 [queries], in bits.
     delta: float32 [queries], what each gradient of a weight is lessened by.
-    shape: of the tile.
-    query_axis: its axis of queries.
+    query_axis: that of the tile, 0 where queries are on the left.
     scale: factor on the scores.
-    dtype: of the operands.
+    spare: of `spare_memory`.
+    group: this warpgroup.
 
   Returns:
-    weights and gradient, `dtype` `shape`.
+    weights and gradient, in the dtype of the operands.
   """
+  left, right = products[0]
+  shape, dtype = (left.shape[0], right.shape[0]), left.dtype
 
   def attend(scores_ref, d_weights_ref):
     *pairs, last = products
     for left, right in pairs:
-      plgpu.wgmma(scores_ref, left, _turned(right))
-    plgpu.wgmma(d_weights_ref, last[0], _turned(last[1]))
+      multiply_turned(scores_ref, left, right, spare, group)
+    multiply_turned(d_weights_ref, *last, spare, group)
     # The exponentials are made while the last product still runs.
     scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
     scores = lax.cond(
@@ -100,10 +110,6 @@ def _gradient_of_scores(
     return weights.astype(dtype), d_scores.astype(dtype)
 
   return pl.run_scoped(attend, plgpu.ACC(shape), plgpu.ACC(shape))
-
-
-def _left(left_refs, group):
-  return None if left_refs is None else left_refs.at[group]
 
 
 def _dq_kernel(
@@ -133,7 +139,7 @@ def _dq_kernel(
   q_ready,  # barriers: of each computing warpgroup
   k_ready,  # of each stage
   k_done,
-  left_refs=None,
+  spare,
 ):
   row, head = lax.axis_index("row"), lax.axis_index("head")
   tile = visits_ref.shape[1] - 1 - lax.axis_index("queries")
@@ -178,14 +184,13 @@ def _dq_kernel(
           mask,
           lse,
           delta,
-          shape=(ROWS, keys),
           query_axis=0,
           scale=scale,
-          dtype=q_nope.dtype,
+          spare=spare,
+          group=group,
         )
-        left_ref = _left(left_refs, group)
-        multiply(dq_nope_acc, d_scores, k_nope.at[slot], left_ref)
-        multiply(dq_rope_acc, d_scores, k_rope.at[slot], left_ref)
+        multiply(dq_nope_acc, d_scores, k_nope.at[slot], spare, group)
+        multiply(dq_rope_acc, d_scores, k_rope.at[slot], spare, group)
         plgpu.wgmma_wait(0)
         plgpu.barrier_arrive(k_done.at[slot])
 
@@ -225,6 +230,7 @@ def _dq_kernel(
         plgpu.copy_gmem_to_smem(source, target.at[slot], k_ready.at[slot])
 
     lax.fori_loop(0, stop - start, fetch, None)
+    drain(stop - start, stages, k_done)
 
 
 def _dk_kernel(
@@ -257,7 +263,7 @@ def _dk_kernel(
   shared_ready,  # and for all heads
   q_ready,  # of each stage
   q_done,
-  left_refs=None,
+  spare,
 ):
   row, heads_group = lax.axis_index("row"), lax.axis_index("heads")
   tile = lax.axis_index("keys")
@@ -309,15 +315,14 @@ def _dk_kernel(
               mask,
               sums[slot, 0],
               sums[slot, 1],
-              shape=(ROWS, queries),
               query_axis=1,
               scale=scale,
-              dtype=q_nope.dtype,
+              spare=spare,
+              group=group,
             )
-            left_ref = _left(left_refs, group)
-            multiply(dv_acc, weights, d_out.at[slot], left_ref)
-            multiply(dk_nope_acc, d_scores, q_nope.at[slot], left_ref)
-            multiply(dk_rope_acc, d_scores, q_rope.at[slot], left_ref)
+            multiply(dv_acc, weights, d_out.at[slot], spare, group)
+            multiply(dk_nope_acc, d_scores, q_nope.at[slot], spare, group)
+            multiply(dk_rope_acc, d_scores, q_rope.at[slot], spare, group)
             plgpu.wgmma_wait(0)
             plgpu.barrier_arrive(q_done.at[slot])
 
@@ -373,6 +378,7 @@ def _dk_kernel(
       lax.fori_loop(0, count, fetch, None)
 
     lax.fori_loop(0, heads, of_head, None)
+    drain(heads * count, stages, q_done)
 
 
 def _heads_of_a_block(heads: int, most: int) -> int:
@@ -437,7 +443,7 @@ def backward(
     d_out,
     jnp.stack([lse * LOG2_E, delta], axis=2),
   )
-  block = COMPUTING * ROWS
+  block, widths = COMPUTING * ROWS, (h_nope, h_rope, h_v)
   make = functools.partial(
     plgpu.kernel,
     num_threads=COMPUTING + 1,
@@ -483,14 +489,14 @@ def backward(
       **of_keys(stages, keys),
       "k_ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
       "k_done": done(stages),
-      **through_memory(ROWS, keys, dtype),
+      "spare": spare_memory(keys, widths, dtype),
     },
     kernel_name="mla_attention_dq",
   )(visits(q_places, kv_places, block, keys), *operands)
 
   queries, stages = tiles.dk_queries, tiles.dk_stages
   heads = _heads_of_a_block(n, tiles.dk_heads)
-  both = {"num_arrivals": 2, "num_barriers": COMPUTING}
+  both = plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTING)
   dk_nope, dk_rope, dv = make(
     functools.partial(_dk_kernel, scale=scale, heads=heads),
     out_type=[
@@ -503,10 +509,10 @@ def backward(
     scratch_types={
       **of_keys(COMPUTING, ROWS),
       **of_queries(stages, queries),
-      "kv_ready": plgpu.Barrier(**both),
-      "shared_ready": plgpu.Barrier(**both),
+      "kv_ready": both,
+      "shared_ready": both,
       "q_done": done(stages),
-      **through_memory(ROWS, queries, dtype),
+      "spare": spare_memory(queries, widths, dtype),
     },
     kernel_name="mla_attention_dk",
   )(visits(q_places, kv_places, queries, block, by_keys=True), *operands)

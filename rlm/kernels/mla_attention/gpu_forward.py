@@ -33,6 +33,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
+from rlm.kernels.mla_attention.gpu_products import (
+  COMPUTING,
+  ROWS,
+  multiply,
+  multiply_turned,
+  spare_memory,
+)
 from rlm.kernels.mla_attention.tiles import GpuTiles
 from rlm.kernels.mla_attention.visible import (
   hull,
@@ -40,37 +47,8 @@ from rlm.kernels.mla_attention.visible import (
   tiles_that_meet,
 )
 
-# Warpgroups that compute, and the rows that each has in a product (wgmma's M).
-COMPUTING = 2
-ROWS = 64
 LOG2_E = math.log2(math.e)
 _INT = jnp.iinfo(jnp.int32)
-
-
-def multiply(acc_ref, left: jax.Array, right_ref, left_ref) -> None:
-  """Adds left @ right to the accumulator, with `left` in registers; does not wait.
-
-  Args:
-    acc_ref: accumulator [M, N].
-    left: [M, K].
-    right_ref: SMEM [K, N].
-    left_ref: SMEM [M, K], or None. The interpreter takes both operands from
-      memory, so where kernels are interpreted `left` goes through this.
-  """
-  if left_ref is None:
-    plgpu.wgmma(acc_ref, left, right_ref)
-  else:
-    left_ref[...] = left
-    plgpu.commit_smem()
-    plgpu.wgmma(acc_ref, left_ref, right_ref)
-
-
-def through_memory(rows: int, columns: int, dtype) -> dict:
-  """Scratch `left_refs` of `multiply`, one for each computing warpgroup."""
-  if not interpretation():
-    return {}
-  shape = (COMPUTING, rows, columns)
-  return {"left_refs": plgpu.SMEM(shape, dtype)}
 
 
 def masked_places(
@@ -171,6 +149,22 @@ def visits(
   return jnp.stack([x.astype(jnp.int32) for x in ranges], axis=-1)
 
 
+def drain(tiles: jax.Array, stages: int, *done) -> None:
+  """Waits until the last tiles fetched are done with, one for each stage.
+
+  Args:
+    tiles: that were fetched, all but the last `stages` awaited.
+    stages: of the ring that they were fetched into.
+    done: barriers of each stage.
+  """
+
+  def wait(i, _):
+    for barrier in done:
+      plgpu.barrier_wait(barrier.at[lax.rem(i, jnp.int32(stages))])
+
+  lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, wait, None)
+
+
 def _kernel(
   visits_ref,  # int32 [B, query tiles, 4]
   q_nope_ref,  # [B, T, N, H]
@@ -198,8 +192,8 @@ def _kernel(
   k_done,
   v_done,
   turn,
+  spare,
   out=None,  # SMEM [COMPUTING, ROWS, h], where q_nope has another width
-  left_refs=None,
 ):
   row, head = lax.axis_index("row"), lax.axis_index("head")
   # The last queries see the most keys under a causal mask: they start first.
@@ -238,9 +232,7 @@ def _kernel(
 
       def multiply_keys(acc_ref):
         for q, k in ((q_nope, k_nope), (q_rope, k_rope)):
-          plgpu.wgmma(
-            acc_ref, q.at[group], plgpu.transpose_ref(k.at[slot], (1, 0))
-          )
+          multiply_turned(acc_ref, q.at[group], k.at[slot], spare, group)
         change_turns()
         return acc_ref[...]
 
@@ -268,8 +260,7 @@ def _kernel(
       plgpu.barrier_wait(turn)
 
       def multiply_values(acc_ref):
-        left_ref = None if left_refs is None else left_refs.at[group]
-        multiply(acc_ref, weights.astype(v.dtype), v.at[slot], left_ref)
+        multiply(acc_ref, weights.astype(v.dtype), v.at[slot], spare, group)
         return acc_ref[...]
 
       more = pl.run_scoped(multiply_values, plgpu.ACC((ROWS, v.shape[2])))
@@ -330,6 +321,7 @@ def _kernel(
       )
 
     lax.fori_loop(0, stop - start, fetch, None)
+    drain(stop - start, stages, k_done, v_done)
 
 
 def forward(
@@ -384,7 +376,7 @@ def forward(
     "k_done": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
     "v_done": plgpu.Barrier(num_arrivals=COMPUTING, num_barriers=stages),
     "turn": plgpu.Barrier(num_arrivals=COMPUTING),
-    **through_memory(ROWS, keys, dtype),
+    "spare": spare_memory(keys, (h_nope, h_rope), dtype),
   }
   if h_nope != h_v:
     scratch["out"] = plgpu.SMEM((*own, h_v), dtype)
