@@ -381,7 +381,7 @@ def _dk_kernel(
     drain(heads * count, stages, q_done)
 
 
-def _heads_of_a_block(heads: int, most: int) -> int:
+def heads_of_a_block(heads: int, most: int) -> int:
   """The greatest divisor of `heads` that is at most `most`."""
   return next(n for n in range(min(heads, most), 0, -1) if heads % n == 0)
 
@@ -495,7 +495,7 @@ def backward(
   )(visits(q_places, kv_places, block, keys), *operands)
 
   queries, stages = tiles.dk_queries, tiles.dk_stages
-  heads = _heads_of_a_block(n, tiles.dk_heads)
+  heads = heads_of_a_block(n, tiles.dk_heads)
   both = plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTING)
   dk_nope, dk_rope, dv = make(
     functools.partial(_dk_kernel, scale=scale, heads=heads),

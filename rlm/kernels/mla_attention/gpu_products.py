@@ -72,7 +72,7 @@ def multiply_turned(acc_ref, left_ref, right_ref, spare, group) -> None:
     group: this warpgroup.
   """
   if "turned" not in spare:
-    plgpu.wgmma(acc_ref, left_ref, plgpu.transpose_ref(right_ref, (1, 0)))
+    plgpu.wgmma(acc_ref, left_ref, right_ref.T)
     return
   turned_ref = spare["turned"][right_ref.shape[1]].at[group]
   turned_ref[...] = right_ref[...].T
