@@ -18,17 +18,19 @@ the other two gradients write. One head a block would make that 32 + 32 KiB; all
 heads in one would leave S / 128 blocks, too few to fill the chip.
 
 With H = h = 128, R = 64, `dq` by tiles of 64 keys in three stages, `dk` by
-tiles of 64 queries in three:
+tiles of 32 queries in six:
 
 | what | `dq` | `dk` |
 |---|---|---|
 | SMEM: what a block keeps; gradients leave through it | 81 KiB | 81 KiB |
 | SMEM: tiles on their way or in use | 122 KiB | 123 KiB |
 | registers of a thread: gradients, float32 | 64 + 32 | 64 + 64 + 32 |
-| registers: scores and the gradients of weights | 32 + 32 | 32 + 32 |
+| registers: scores and the gradients of weights | 32 + 32 | 16 + 16 |
 
-In `dk` that leaves few of the 240 registers that a thread can have, so its
-fetching warpgroup keeps only 24.
+A thread can have 240 registers if the warpgroup that fetches keeps 24. Tiles of
+64 queries in `dk`, or of 128 keys in `dq`, would not fit: compiled, the
+products wait for each other, and the gradient to the rope key goes to memory
+and back at each tile.
 """
 
 import functools
@@ -76,8 +78,9 @@ def _gradient_of_scores(
       gradient of the weights one.
     whole: bool, whether no mask is needed.
     mask: () -> bool `shape`.
-    lse: float32 [queries], in bits.
-    delta: float32 [queries], what each gradient of a weight is lessened by.
+    lse: () -> float32 [queries], in bits.
+    delta: () -> float32 [queries], what each gradient of a weight is lessened
+      by.
     query_axis: that of the tile, 0 where queries are on the left.
     scale: factor on the scores.
     spare: of `spare_memory`.
@@ -105,8 +108,8 @@ def _gradient_of_scores(
     spread = functools.partial(
       lax.broadcast_in_dim, shape=shape, broadcast_dimensions=(query_axis,)
     )
-    weights = jnp.exp2(scores * (scale * LOG2_E) - spread(lse))
-    d_scores = weights * (d_weights_ref[...] - spread(delta))
+    weights = jnp.exp2(scores * (scale * LOG2_E) - spread(lse()))
+    d_scores = weights * (d_weights_ref[...] - spread(delta()))
     return weights.astype(dtype), d_scores.astype(dtype)
 
   return pl.run_scoped(attend, plgpu.ACC(shape), plgpu.ACC(shape))
@@ -151,7 +154,7 @@ def _dq_kernel(
 
   @pl.when(group < COMPUTING)
   def _compute():
-    plgpu.set_max_registers(232, action="increase")
+    plgpu.set_max_registers(240, action="increase")
     mine = pl.ds((tile * COMPUTING + group) * ROWS, ROWS)
     for source, target in (
       (q_nope_ref.at[row, mine, head], q_nope),
@@ -182,8 +185,8 @@ def _dq_kernel(
           ),
           (start + i >= whole_start) & (start + i < whole_stop),
           mask,
-          lse,
-          delta,
+          lambda: lse,
+          lambda: delta,
           query_axis=0,
           scale=scale,
           spare=spare,
@@ -211,7 +214,7 @@ def _dq_kernel(
 
   @pl.when(group == COMPUTING)
   def _fetch():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(24, action="decrease")
 
     def fetch(i, _):
       slot = lax.rem(i, jnp.int32(stages))
@@ -313,8 +316,8 @@ def _dk_kernel(
               ),
               (start + i >= whole_start) & (start + i < whole_stop),
               mask,
-              sums[slot, 0],
-              sums[slot, 1],
+              lambda: sums[slot, 0],
+              lambda: sums[slot, 1],
               query_axis=1,
               scale=scale,
               spare=spare,
@@ -454,22 +457,29 @@ def backward(
     interpret=interpretation(),
   )
 
-  def of_queries(count, tokens):
+  def operand(count, tokens, width, added_up):
+    """Scratch in rows of as many numbers as one product adds up, up to 64."""
+    row = min(added_up, 64)
+    swizzle = plgpu.SwizzleTransform(row * dtype.itemsize)
+    transforms = (plgpu.TilingTransform((8, row)), swizzle)
+    return plgpu.SMEM((count, tokens, width), dtype, transforms=transforms)
+
+  def of_queries(count, tokens, added_up):
     return {
-      "q_nope": plgpu.SMEM((count, tokens, h_nope), dtype),
-      "q_rope": plgpu.SMEM((count, tokens, h_rope), dtype),
+      "q_nope": operand(count, tokens, h_nope, added_up),
+      "q_rope": operand(count, tokens, h_rope, added_up),
       "q_places": plgpu.SMEM((count, 2, tokens), jnp.int32),
-      "d_out": plgpu.SMEM((count, tokens, h_v), dtype),
+      "d_out": operand(count, tokens, h_v, added_up),
       "sums": plgpu.SMEM((count, 2, tokens), jnp.float32),
       "q_ready": plgpu.Barrier(num_arrivals=5, num_barriers=count),
     }
 
-  def of_keys(count, tokens):
+  def of_keys(count, tokens, added_up):
     return {
-      "k_nope": plgpu.SMEM((count, tokens, h_nope), dtype),
-      "k_rope": plgpu.SMEM((count, tokens, h_rope), dtype),
+      "k_nope": operand(count, tokens, h_nope, added_up),
+      "k_rope": operand(count, tokens, h_rope, added_up),
       "kv_places": plgpu.SMEM((count, 2, tokens), jnp.int32),
-      "v": plgpu.SMEM((count, tokens, h_v), dtype),
+      "v": operand(count, tokens, h_v, added_up),
     }
 
   def done(count):
@@ -485,8 +495,8 @@ def backward(
     grid=(b, n, t // block),
     grid_names=("row", "head", "queries"),
     scratch_types={
-      **of_queries(COMPUTING, ROWS),
-      **of_keys(stages, keys),
+      **of_queries(COMPUTING, ROWS, keys),
+      **of_keys(stages, keys, keys),
       "k_ready": plgpu.Barrier(num_arrivals=4, num_barriers=stages),
       "k_done": done(stages),
       "spare": spare_memory(keys, widths, dtype),
@@ -507,8 +517,8 @@ def backward(
     grid=(b, n // heads, s // block),
     grid_names=("row", "heads", "keys"),
     scratch_types={
-      **of_keys(COMPUTING, ROWS),
-      **of_queries(stages, queries),
+      **of_keys(COMPUTING, ROWS, queries),
+      **of_queries(stages, queries, queries),
       "kv_ready": both,
       "shared_ready": both,
       "q_done": done(stages),
