@@ -89,6 +89,8 @@ class GpuTiles:
       keys are 64 of each of two warpgroups.
     dk_stages: tiles of queries at once, there.
     dk_heads: that a block adds up in the gradient to the rope key, at most.
+    decode_stages: tiles of `mla_decode` in SMEM at once, at most.
+    multiprocessors: that a call of `mla_decode` spreads over.
   """
 
   forward_keys: int
@@ -98,10 +100,13 @@ class GpuTiles:
   dk_queries: int
   dk_stages: int
   dk_heads: int
+  decode_stages: int
+  multiprocessors: int
 
 
-_HOPPER = GpuTiles(128, 2, 64, 3, 64, 3, 4)
+_HOPPER = GpuTiles(128, 2, 64, 3, 64, 3, 4, 4, 132)
 _GPU = dict.fromkeys(("H100", "H200", "H20", "H800"), _HOPPER)
+_GPU["H20"] = dataclasses.replace(_HOPPER, multiprocessors=78)
 
 
 def gpu_tiles() -> GpuTiles | None:

@@ -1,0 +1,253 @@
+"""Absorbed latent attention on Hopper, in Mosaic GPU: FlashMLA's arrangement.
+
+A block has 64 rows of queries (a row: one head of one token), one row of the
+batch and a part of its cache, which it walks along in tiles of 64 tokens. A
+tile is copied to SMEM once and is key and value. One warpgroup multiplies
+queries by it, masks, takes the softmax online and leaves the weights in SMEM;
+it and a second one each multiply them by half of the latents; a third keeps the
+copy engine ahead (gpu_decode_block.py). Parts are joined by XLA.
+
+Which tiles a row visits is a list made by XLA from the mask (visits.py); the
+mask itself comes as one integer a key, a bit for each token.
+
+Sums are [64 rows, C], as FlashMLA's, where a call has more than 32 rows. With
+fewer they are turned: latents, [C, tokens] as they lie, are the left operand
+and weights the right one, of 16 or 32 columns instead of 64 rows, of which most
+would be padding. That leaves of 139 thousand multiplications a token 90 at 16
+heads, 22 cycles of the tensor cores: at 4.8 TB/s an SM of 132 gets a token each
+54 cycles of 1.7 GHz.
+
+Float8 codes are turned into 16 bits, times their scales, before they are
+multiplied, each half of a tile by the warpgroup that accumulates it: scores and
+values want the same numbers, those that the reference takes, and tensor cores
+could not put a scale of every token and 128 latents in between.
+
+At C = 512, R = 64:
+
+| what | bfloat16 | float8 |
+|---|---|---|
+| read of the cache, bytes a token | 1152 | 656 |
+| read beside it, bytes a token: the mask | 4 | 4 |
+| SMEM: queries | 72 KiB | 72 KiB |
+| SMEM: a tile as it is copied | 72 KiB | 41 KiB, of which 8 KiB once |
+| SMEM: the tile in 16 bits | | 64 KiB |
+| SMEM: weights | 8 KiB | 8 KiB |
+| SMEM in two stages | 226 KiB | 220 KiB |
+| registers of a thread: sums, a product's | 128 + 64 | 128 + 64 |
+
+A block of 64 rows writes 128 KiB of sums, as much as 114 tokens take to read
+(of 16 rows: 32 KiB), which `splits` weighs. Blocks of the same tokens are
+neighbours, so that of 128 heads one block of two reads from the L2 cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from rlm.kernels.attention import attention_mask
+from rlm.kernels.backend import chip, interpretation
+from rlm.kernels.mla_attention.caches import (
+  GROUP,
+  Cache,
+  Float8Latents,
+  PagedLatents,
+  shape_of,
+)
+from rlm.kernels.mla_attention.gpu_decode_block import (
+  KEYS,
+  SLAB,
+  Sizes,
+  block,
+  scratch,
+  smem_bytes,
+)
+from rlm.kernels.mla_attention.gpu_products import ROWS
+from rlm.kernels.mla_attention.parts import join_parts
+from rlm.kernels.mla_attention.tiles import GpuTiles, gpu_tiles
+from rlm.kernels.mla_attention.visits import visited_tiles
+
+_DTYPES = (jnp.bfloat16, jnp.float16)
+_SMEM_BYTES = 227 * 1024
+# Sums of 64 x 512 are all the registers that two warpgroups have to spare.
+_MOST_LATENTS = 512
+# Bits of a key's mask.
+_MOST_TOKENS = 32
+
+
+def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
+  """Why `decode` cannot run these operands, or None."""
+  tiles = gpu_tiles()
+  if tiles is None:
+    return (
+      f"the chip is {chip()!r}; its instructions are those of Hopper, an H100,"
+      " H200, H800, H20 or GH200"
+    )
+  _, t, _, width = q.shape
+  latents = kv.pages if isinstance(kv, PagedLatents) else kv
+  if isinstance(latents, Float8Latents):
+    held, float8, multiple = latents.k_rope, True, GROUP
+    if latents.latent.dtype != jnp.float8_e4m3fn:
+      return f"latents are {latents.latent.dtype}; it takes float8_e4m3fn"
+  else:
+    held, float8, multiple = latents, False, SLAB
+  if q.dtype != held.dtype or q.dtype not in _DTYPES:
+    return (
+      f"queries are {q.dtype} and keys {held.dtype}; it takes both in bfloat16"
+      " or both in float16"
+    )
+  rope = width - kv_lora_rank
+  if kv_lora_rank % multiple or not 0 < kv_lora_rank <= _MOST_LATENTS:
+    return f"C is {kv_lora_rank}; it takes multiples of {multiple} to 512"
+  if rope % 16 or rope <= 0:
+    return f"R is {rope}; it takes multiples of 16"
+  if t > _MOST_TOKENS:
+    return f"a row has {t} query tokens; it takes {_MOST_TOKENS}"
+  room = held.shape[-1]
+  if room % KEYS:
+    unit = "a page" if isinstance(kv, PagedLatents) else "a row of the cache"
+    return f"{unit} has room for {room} tokens; it takes multiples of {KEYS}"
+  if _sizes(q, kv, kv_lora_rank, 1.0, tiles) is None:
+    return (
+      f"C and R are {kv_lora_rank} and {rope}, {float8=}, which take more than"
+      f" {_SMEM_BYTES} bytes of shared memory"
+    )
+  return None
+
+
+def splits_of(
+  blocks: int, tiles: int, columns: int, multiprocessors: int
+) -> int:
+  """Into how many parts the tiles of a row are split.
+
+  A multiprocessor has one block at a time, so time goes as waves of blocks;
+  each pays for its tiles and, in tiles, for its queries and the sums that it
+  writes and XLA reads again.
+
+  Args:
+    blocks: of one part.
+    tiles: of a row, at most.
+    columns: rows of queries that a block writes.
+    multiprocessors: of the chip.
+  """
+  overhead = 2 + columns / 16
+
+  def time(splits):
+    waves = -(-blocks * splits // multiprocessors)
+    return waves * (-(-tiles // splits) + overhead)
+
+  most = max(1, min(tiles, multiprocessors))
+  return min(range(1, most + 1), key=time)
+
+
+def _sizes(
+  q: jax.Array, kv: Cache, kv_lora_rank: int, scale: float, tiles: GpuTiles
+) -> Sizes | None:
+  """What the call fixes; None where not one tile fits into SMEM."""
+  b, t, n, width = q.shape
+  s = shape_of(kv)[2]
+  latents = kv.pages if isinstance(kv, PagedLatents) else kv
+  columns = next((x for x in (16, 32) if t * n <= x), ROWS)
+  for stages in range(tiles.decode_stages, 0, -1):
+    sizes = Sizes(
+      heads=n,
+      kv_lora_rank=kv_lora_rank,
+      rope=width - kv_lora_rank,
+      columns=columns,
+      splits=splits_of(
+        b * -(-t * n // ROWS), s // KEYS, columns, tiles.multiprocessors
+      ),
+      stages=stages,
+      page=s // kv.page_table.shape[1] if isinstance(kv, PagedLatents) else s,
+      scale=scale,
+      float8=isinstance(latents, Float8Latents),
+    )
+    if smem_bytes(sizes) <= _SMEM_BYTES:
+      return sizes
+  return None
+
+
+def _places(kv: Cache, ids: jax.Array, page: int) -> jax.Array:
+  """int32 [B, tiles]: where tiles `ids` of rows are, counted over all pages."""
+  per_page = page // KEYS
+  if isinstance(kv, PagedLatents):
+    pages = jnp.take_along_axis(kv.page_table, ids // per_page, axis=1)
+    return pages * per_page + ids % per_page
+  return jnp.arange(len(ids), dtype=jnp.int32)[:, None] * per_page + ids
+
+
+def _spans(counts: jax.Array, splits: int) -> jax.Array:
+  """int32 [B, splits, 2]: each part's first tile in the list, and how many."""
+  each = -(-counts // splits)[:, None]
+  first = jnp.arange(splits, dtype=jnp.int32)[None] * each
+  return jnp.stack([first, jnp.clip(counts[:, None] - first, 0, each)], axis=-1)
+
+
+def decode(
+  q: jax.Array,
+  kv: Cache,
+  q_positions: jax.Array,
+  kv_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  kv_segment_ids: jax.Array,
+  selected: jax.Array | None = None,
+  *,
+  kv_lora_rank: int,
+  scale: float,
+) -> tuple[jax.Array, jax.Array]:
+  """`mla_decode` by the kernel; its arguments."""
+  sizes = _sizes(q, kv, kv_lora_rank, scale, gpu_tiles())
+  b, t, n, width = q.shape
+  rows, splits = t * n, sizes.splits
+  mask = attention_mask(
+    q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
+  )
+  ids, counts = visited_tiles(mask, KEYS)
+  token = jnp.arange(t, dtype=jnp.int32)[None, :, None]
+  bits = (mask.astype(jnp.int32) << token).sum(axis=1, dtype=jnp.int32)
+  padded = ROWS * -(-rows // ROWS)
+  padding = ((0, 0), (0, padded - rows), (0, 0))
+  latents = kv.pages if isinstance(kv, PagedLatents) else kv
+  if sizes.float8:
+    codes = lax.bitcast_convert_type(latents.latent, jnp.int8)
+    arrays = (codes, latents.scales, latents.k_rope)
+  else:
+    arrays = (latents,)
+  if sizes.turned:
+    out_shape = (splits, b, kv_lora_rank, sizes.columns)
+  else:
+    out_shape = (splits, b, padded, kv_lora_rank)
+  outs, lses = plgpu.kernel(
+    functools.partial(block, sizes=sizes),
+    out_type=(
+      jax.ShapeDtypeStruct(out_shape, jnp.float32),
+      jax.ShapeDtypeStruct((splits, b, padded), jnp.float32),
+    ),
+    scratch_types=scratch(sizes, q.dtype),
+    # Blocks that differ in the last index alone read the same tiles.
+    grid=(b, splits, padded // ROWS),
+    grid_names=("b", "split", "rows"),
+    num_threads=3,
+    thread_name="group",
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=0
+    ),
+    interpret=interpretation(),
+    kernel_name="mla_decode",
+  )(
+    jnp.pad(q.reshape(b, rows, width), padding),
+    bits,
+    ids,
+    _places(kv, ids, sizes.page),
+    _spans(counts, splits),
+    *arrays,
+  )
+  if sizes.turned:
+    outs = outs.swapaxes(2, 3)
+  out, lse = join_parts(
+    outs[:, :, :rows].reshape(splits, b, t, n, kv_lora_rank),
+    lses[:, :, :rows].reshape(splits, b, t, n).swapaxes(2, 3),
+  )
+  return out.astype(q.dtype), lse
