@@ -99,6 +99,7 @@ def attention(
       ' `scale` must be positive. Negate the queries, or take "xla".'
     )
   tiles = gpu_tiles()
+  assert tiles is not None  # else `attention_obstacle` had one
   t = q_nope.shape[1]
   block = COMPUTING * ROWS
   of_queries = functools.partial(
@@ -140,23 +141,34 @@ def _flash(
 
 
 def _flash_fwd(*arguments):
-  *operands, scale, tiles = arguments
-  out, lse = forward(*operands, scale=scale, tiles=tiles)
-  return (out, lse), (*operands, out, lse)
+  out, lse = _flash(*arguments)
+  return (out, lse), (*arguments[:7], out, lse)
 
 
 def _flash_bwd(scale, tiles, residuals, cotangents):
-  *operands, out, lse = residuals
+  q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places, out, lse = residuals
   d_out, d_lse = cotangents
   delta = (d_out.astype(jnp.float32) * out).sum(axis=-1)  # [B, T, N]
   delta = delta.swapaxes(1, 2) - d_lse
   # A query without keys has no gradient, whatever is asked of its lse, -inf.
   blind = jnp.isneginf(lse)
   lse, delta = (jnp.where(blind, 0.0, x) for x in (lse, delta))
-  *gradients, dk_rope, dv = backward(
-    *operands, lse, delta, d_out, scale=scale, tiles=tiles
+  dq_nope, dq_rope, dk_nope, dk_rope, dv = backward(
+    q_nope,
+    q_rope,
+    k_nope,
+    k_rope,
+    v,
+    q_places,
+    kv_places,
+    lse,
+    delta,
+    d_out,
+    scale=scale,
+    tiles=tiles,
   )
-  return *gradients, dk_rope.astype(dv.dtype), dv, None, None
+  dk_rope = dk_rope.astype(k_rope.dtype)
+  return dq_nope, dq_rope, dk_nope, dk_rope, dv, None, None
 
 
 _flash.defvjp(_flash_fwd, _flash_bwd)

@@ -93,10 +93,9 @@ def _gradient_of_scores(
   shape, dtype = (left.shape[0], right.shape[0]), left.dtype
 
   def attend(scores_ref, d_weights_ref):
-    *pairs, last = products
-    for left, right in pairs:
-      multiply_turned(scores_ref, left, right, spare, group)
-    multiply_turned(d_weights_ref, *last, spare, group)
+    accs = (scores_ref, scores_ref, d_weights_ref)
+    for acc, (left, right) in zip(accs, products, strict=True):
+      multiply_turned(acc, left, right, spare, group)
     # The exponentials are made while the last product still runs.
     scores = plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
     scores = lax.cond(
@@ -175,6 +174,7 @@ def _dq_kernel(
         def mask():
           here = (q_places[group, 0], q_places[group, 1])
           there = (kv_places[slot, 0], kv_places[slot, 1])
+          plgpu.commit_smem()  # read before the copy engine writes there again
           return seen(here, there, (ROWS, keys), query_axis=0)
 
         _, d_scores = _gradient_of_scores(
@@ -221,7 +221,7 @@ def _dq_kernel(
       here = pl.ds((start + i) * keys, keys)
 
       @pl.when(i >= stages)
-      def _():
+      def _wait():
         plgpu.barrier_wait(k_done.at[slot])
 
       for source, target in (
@@ -327,6 +327,7 @@ def _dk_kernel(
             multiply(dk_nope_acc, d_scores, q_nope.at[slot], spare, group)
             multiply(dk_rope_acc, d_scores, q_rope.at[slot], spare, group)
             plgpu.wgmma_wait(0)
+            plgpu.commit_smem()  # `sums` read before they are written again
             plgpu.barrier_arrive(q_done.at[slot])
 
           lax.fori_loop(0, count, visit, None)
@@ -366,7 +367,7 @@ def _dk_kernel(
         here = pl.ds((start + i) * queries, queries)
 
         @pl.when(nth_tile >= stages)
-        def _():
+        def _wait():
           plgpu.barrier_wait(q_done.at[slot])
 
         for source, target in (

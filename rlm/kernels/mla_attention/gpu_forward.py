@@ -24,6 +24,7 @@ values that it sees; a mask of them is two integers a key.
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -241,6 +242,7 @@ def _kernel(
       def mask(scores):
         here = (q_places[group, 0], q_places[group, 1])
         there = (kv_places[slot, 0], kv_places[slot, 1])
+        plgpu.commit_smem()  # read before the copy engine writes there again
         keep = seen(here, there, scores.shape, query_axis=0)
         return jnp.where(keep, scores, -jnp.inf)
 
@@ -300,7 +302,7 @@ def _kernel(
       used = i >= stages
 
       @pl.when(used)
-      def _():
+      def _wait_for_keys():
         plgpu.barrier_wait(k_done.at[slot])
 
       ready = k_ready.at[slot]
@@ -313,7 +315,7 @@ def _kernel(
       )
 
       @pl.when(used)
-      def _():
+      def _wait_for_values():
         plgpu.barrier_wait(v_done.at[slot])
 
       plgpu.copy_gmem_to_smem(
@@ -361,7 +363,7 @@ def forward(
   )
   q_places, kv_places = masked_places(q_places, kv_places)
   own = (COMPUTING, ROWS)
-  scratch = {
+  scratch: dict[str, Any] = {
     "q_nope": plgpu.SMEM((*own, h_nope), dtype),
     "q_rope": plgpu.SMEM((*own, h_rope), dtype),
     "q_places": plgpu.SMEM((COMPUTING, 2, ROWS), jnp.int32),
