@@ -56,6 +56,20 @@ def test_gradients_on_a_gpu(name, dtype):
 
 
 @pytest.mark.gpu
+def test_published_sizes_on_a_gpu(monkeypatch):
+  monkeypatch.setattr(cases, "VALUE", 128)
+  n = hopper.HEADS["V2-Lite"]
+  case = cases.Attention(((1500,), (700, 1, 799)), 1000, 1500, n=n)
+  got = case.run("gpu", jnp.bfloat16)
+  want = case.run("xla", jnp.float32)
+  for name, exact in want.items():
+    x, seen = np.asarray(got[name], np.float32), np.isfinite(exact)
+    np.testing.assert_array_equal(np.isfinite(x), seen, name)
+    error = np.linalg.norm(x[seen] - exact[seen]) / np.linalg.norm(exact[seen])
+    assert error < 0.01, (name, error)
+
+
+@pytest.mark.gpu
 def test_gradients_repeat_bit_for_bit_on_a_gpu():
   documents = ((1000, 1, 2000, 1095), (4096,), (513, 30))
   check_the_same_twice(cases.Attention(documents, 4096, 4096, n=8))

@@ -47,6 +47,13 @@ def test_values(name):
     check(values(SOME[name], jnp.bfloat16), SOME[name], jnp.bfloat16)
 
 
+def test_values_as_wide_as_keys_leave_through_the_queries(monkeypatch):
+  monkeypatch.setattr(cases, "NOPE", cases.VALUE)
+  case = cases.Attention(((90,),), 90, 90, n=1)
+  with hopper.interpreted():
+    check(values(case, jnp.bfloat16), case, jnp.bfloat16)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 @pytest.mark.parametrize("name", ALL)
