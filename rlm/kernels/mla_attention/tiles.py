@@ -104,7 +104,7 @@ class GpuTiles:
   multiprocessors: int
 
 
-_HOPPER = GpuTiles(128, 2, 64, 3, 64, 3, 4, 4, 132)
+_HOPPER = GpuTiles(128, 2, 64, 3, 32, 6, 4, 4, 132)
 _GPU = dict.fromkeys(("H100", "H200", "H20", "H800"), _HOPPER)
 _GPU["H20"] = dataclasses.replace(_HOPPER, multiprocessors=78)
 
