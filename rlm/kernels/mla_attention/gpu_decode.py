@@ -13,9 +13,9 @@ mask itself comes as one integer a key, a bit for each token.
 Sums are [64 rows, C], as FlashMLA's, where a call has more than 32 rows. With
 fewer they are turned: latents, [C, tokens] as they lie, are the left operand
 and weights the right one, of 16 or 32 columns instead of 64 rows, of which most
-would be padding. That leaves of 139 thousand multiplications a token 90 at 16
-heads, 22 cycles of the tensor cores: at 4.8 TB/s an SM of 132 gets a token each
-54 cycles of 1.7 GHz.
+would be padding. At 16 heads a token then takes the tensor cores 26 cycles, 18
+for scores and 8 to read its latents from SMEM once more, not 34; an SM of 132
+gets one each 54 cycles, at 1.7 GHz and 4.8 TB/s.
 
 Float8 codes are turned into 16 bits, times their scales, before they are
 multiplied, each half of a tile by the warpgroup that accumulates it: scores and
@@ -38,6 +38,11 @@ At C = 512, R = 64:
 A block of 64 rows writes 128 KiB of sums, as much as 114 tokens take to read
 (of 16 rows: 32 KiB), which `splits` weighs. Blocks of the same tokens are
 neighbours, so that of 128 heads one block of two reads from the L2 cache.
+
+Tokens are the minor axis, so a tile is C + R runs of 128 bytes. In pages of 64
+tokens they follow each other; in larger ones and in plain caches they are a
+page's or a row's length apart, and only parts of the same row, which take its
+tiles in turn, read on where another has stopped.
 """
 
 import functools
@@ -178,13 +183,6 @@ def _places(kv: Cache, ids: jax.Array, page: int) -> jax.Array:
   return jnp.arange(len(ids), dtype=jnp.int32)[:, None] * per_page + ids
 
 
-def _spans(counts: jax.Array, splits: int) -> jax.Array:
-  """int32 [B, splits, 2]: each part's first tile in the list, and how many."""
-  each = -(-counts // splits)[:, None]
-  first = jnp.arange(splits, dtype=jnp.int32)[None] * each
-  return jnp.stack([first, jnp.clip(counts[:, None] - first, 0, each)], axis=-1)
-
-
 def decode(
   q: jax.Array,
   kv: Cache,
@@ -241,7 +239,7 @@ def decode(
     bits,
     ids,
     _places(kv, ids, sizes.page),
-    _spans(counts, splits),
+    counts,
     *arrays,
   )
   if sizes.turned:

@@ -148,16 +148,16 @@ class _Block:
 
   def __init__(self, sizes: Sizes, refs, smem: dict):
     self.sizes = sizes
-    self.q_ref, self.bits_ref, self.ids_ref, self.places_ref, spans_ref = refs[
-      :5
-    ]
+    self.q_ref, self.bits_ref, self.ids_ref, self.places_ref = refs[:4]
+    counts_ref = refs[4]
     *self.cache_refs, self.out_ref, self.lse_ref = refs[5:]
     self.smem = types.SimpleNamespace(**smem)
     self.b, self.split = lax.axis_index("b"), lax.axis_index("split")
     self.first_row = lax.axis_index("rows") * ROWS
     self.rows = pl.ds(self.first_row, ROWS)
-    self.first = spans_ref[self.b, self.split, 0]
-    self.count = spans_ref[self.b, self.split, 1]
+    # Blocks of the same row take its tiles in turn: neighbours read neighbours.
+    splits = jnp.int32(sizes.splits)
+    self.count = lax.div(counts_ref[self.b] + (splits - 1 - self.split), splits)
 
   def slot(self, i):
     return lax.rem(i, jnp.int32(self.sizes.stages))
@@ -178,8 +178,9 @@ class _Block:
     @pl.loop(0, self.count)
     def _(i):
       # Read ahead of the wait, which hides how long that takes.
-      place = self.places_ref[self.b, self.first + i]
-      tile = self.ids_ref[self.b, self.first + i]
+      at = i * sizes.splits + self.split
+      place = self.places_ref[self.b, at]
+      tile = self.ids_ref[self.b, at]
       page = lax.div(place, per_page)
       keys = pl.ds(lax.rem(place, per_page) * KEYS, KEYS)
       slot = self.slot(i)
@@ -229,11 +230,14 @@ class _Block:
     These are the numbers that the reference multiplies.
     """
     smem, slot = self.smem, self.slot(i)
+    scales = {}
     for start, width in self.sizes.chunks(group):
       for at in range(start, start + width, SLAB):
-        slab = pl.ds(at, SLAB)
+        slab, row = pl.ds(at, SLAB), at // GROUP
+        if row not in scales:
+          scales[row] = _vector(smem.scales[slot, row], 0) * E4M3_UNIT
+        scale = scales[row]
         code = _laid_out(smem.codes[slot, slab], plgpu.Layout.WGMMA)
-        scale = _vector(smem.scales[slot, at // GROUP], 0) * E4M3_UNIT
         latent = _from_e4m3(code) * _along(scale, (SLAB, KEYS), 1)
         smem.latents[0, slab] = latent.astype(smem.latents.dtype)
     plgpu.commit_smem()
@@ -383,9 +387,9 @@ def block(*refs, sizes: Sizes, **smem) -> None:
     *refs: in GMEM: q [B, rows, C + R]; bits int32 [B, S], bit t of a key set
       where token t sees it; ids int32 [B, tiles], visited tiles of the mask;
       places int32 [B, tiles], where they are, page * tiles of a page + tile;
-      spans int32 [B, splits, 2], of that list the first and how many; the
-      cache's arrays, by pages; out float32 [splits, B, rows, C], or [splits, B,
-      C, columns] where turned; lse float32 [splits, B, rows].
+      counts int32 [B], how many are visited; the cache's arrays, by pages; out
+      float32 [splits, B, rows, C], or [splits, B, C, columns] where turned; lse
+      float32 [splits, B, rows].
     sizes: what is static.
     **smem: of `scratch`.
   """

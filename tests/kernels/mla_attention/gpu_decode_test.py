@@ -7,8 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from rlm.kernels.backend import compiling_for
@@ -189,18 +187,6 @@ def test_splits_by_hand():
   # 133 rows in one part: 2 waves of 64 + 3; in 4: 5 waves of 16 + 3.
   assert gpu_decode.splits_of(133, 64, 16, 132) == 4
   assert gpu_decode.splits_of(1, 1, 16, 132) == 1
-
-
-@given(st.lists(st.integers(0, 40), min_size=3, max_size=3), st.integers(1, 50))
-def test_parts_hold_every_tile_once(counts, splits):
-  counts = np.array(counts, np.int32)
-  each = -(-counts // splits)
-  spans = gpu_decode._spans(jnp.asarray(counts), splits)
-  assert spans.shape == (3, splits, 2) and spans.dtype == jnp.int32
-  for row in range(3):
-    held = [np.arange(a, a + n) for a, n in np.asarray(spans[row])]
-    assert max(len(x) for x in held) == each[row]
-    np.testing.assert_array_equal(np.concatenate(held), np.arange(counts[row]))
 
 
 def test_places_of_tiles():
