@@ -42,3 +42,21 @@ def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
       f"einsum {subscripts} of {x.dtype} and {y.dtype}. Cast one of them."
     )
   return jnp.einsum(subscripts, x, y, **exact_sums(x.dtype))
+
+
+# Which axis of x and of y `contract` sums over: x y, x y^T, x^T y.
+ROWS_BY_COLUMNS = (1, 0)
+ROWS_BY_ROWS = (1, 1)
+COLUMNS_BY_COLUMNS = (0, 0)
+
+
+def contract(x: jax.Array, y: jax.Array, axes: tuple[int, int]) -> jax.Array:
+  """A product of two matrices of one dtype, for kernels; float32, as summed.
+
+  Args:
+    x: a matrix.
+    y: another.
+    axes: of x and y, which are summed over.
+  """
+  over = (axes[:1], axes[1:])
+  return jax.lax.dot_general(x, y, (over, ((), ())), **exact_sums(x.dtype))

@@ -52,7 +52,6 @@ def mla_decode(
     NotImplementedError: a named kernel cannot run these operands here.
   """
   places = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
-  settings = dict(kv_lora_rank=kv_lora_rank, scale=scale)
   kernels = {"tpu": tpu, "gpu": gpu}
   name = choose(
     "mla_decode",
@@ -60,7 +59,9 @@ def mla_decode(
     lambda kernel: kernels[kernel].decode_obstacle(q, kv, kv_lora_rank),
   )
   if name == "reference":
-    return mla_decode_reference(q, kv, *places, selected, **settings)
-  if name == "xla":
-    return mla_decode_xla(q, kv, *places, selected, **settings)
-  return kernels[name].decode(q, kv, *places, selected, **settings)
+    run = mla_decode_reference
+  elif name == "xla":
+    run = mla_decode_xla
+  else:
+    run = kernels[name].decode
+  return run(q, kv, *places, selected, kv_lora_rank=kv_lora_rank, scale=scale)

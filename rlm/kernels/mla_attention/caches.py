@@ -107,4 +107,5 @@ def shape_of(cache: Cache) -> tuple[int, int, int]:
   if isinstance(cache, Float8Latents):
     b, c, s = cache.latent.shape
     return b, c + cache.k_rope.shape[1], s
-  return cache.shape
+  b, width, s = cache.shape
+  return b, width, s

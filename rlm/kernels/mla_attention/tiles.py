@@ -1,6 +1,8 @@
 """Tile sizes of the kernels, by chip; found by `tools/search_tiles.py`."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 
 from rlm.hardware import chip_of_device_kind
 from rlm.kernels.backend import chip
@@ -61,7 +63,6 @@ class TpuTiles:
 
 _MIB = 2**20
 _TPU = {
-  "v4": TpuTiles(512, 512, 4096, 512, 512, 4096, 1024, 2, 100 * _MIB),
   "v5e": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 1, 96 * _MIB),
   "v5p": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 2, 48 * _MIB),
   "v6e": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 1, 96 * _MIB),
@@ -69,8 +70,23 @@ _TPU = {
 }
 
 
+_tried: list[TpuTiles] = []
+
+
+@contextlib.contextmanager
+def trying(tiles: TpuTiles) -> Iterator[None]:
+  """Within it, kernels are traced with these tiles: a search, or a test."""
+  _tried.append(tiles)
+  try:
+    yield
+  finally:
+    _tried.pop()
+
+
 def tpu_tiles() -> TpuTiles | None:
   """Tiles of the chip that programs are made for; None for one unknown."""
+  if _tried:
+    return _tried[-1]
   known = chip_of_device_kind(chip())
   return _TPU.get(known.name) if known else None
 

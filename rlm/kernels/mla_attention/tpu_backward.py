@@ -23,9 +23,6 @@ from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
 from rlm.kernels.mla_attention.tiles import Cut
 from rlm.kernels.mla_attention.tpu_forward import (
-  COLUMNS_BY_COLUMNS,
-  ROWS_BY_COLUMNS,
-  ROWS_BY_ROWS,
   column,
   estimate,
   pairs_seen,
@@ -35,7 +32,12 @@ from rlm.kernels.mla_attention.visible import (
   tile_bounds,
   tiles_that_meet,
 )
-from rlm.kernels.product import exact_sums
+from rlm.kernels.product import (
+  COLUMNS_BY_COLUMNS,
+  ROWS_BY_COLUMNS,
+  ROWS_BY_ROWS,
+  contract,
+)
 
 
 def _kernel(
@@ -78,14 +80,13 @@ def _kernel(
   kv_position = column(kv_places_ref[0:1, :])
   kv_segment = column(kv_places_ref[1:2, :])
   dtype = q_nope_ref.dtype
-  dot = functools.partial(jax.lax.dot_general, **exact_sums(dtype))
 
   def visit(tile, _):
     here = pl.ds(tile * queries, queries)
     q_nope, q_rope = q_nope_ref[here, :], q_rope_ref[:, here]
     d_out = d_out_ref[here, :]
-    scores = dot(k_nope_ref[...], q_nope, ROWS_BY_ROWS)  # [keys, queries]
-    scores += dot(k_rope_rows_ref[...], q_rope, ROWS_BY_COLUMNS)
+    scores = contract(k_nope_ref[...], q_nope, ROWS_BY_ROWS)  # [keys, queries]
+    scores += contract(k_rope_rows_ref[...], q_rope, ROWS_BY_COLUMNS)
     q_segment = q_places_ref[1:2, here]
     seen = q_segment == kv_segment
     seen &= q_places_ref[0:1, here] >= kv_position
@@ -93,16 +94,18 @@ def _kernel(
     # As forward made them: log-sum-exp in one number would lose digits.
     scores = jnp.where(seen, scores * scale, MASKED)
     probs = jnp.exp(scores - softmax_ref[0:1, here]) * softmax_ref[1:2, here]
-    dv_sum_ref[...] += dot(probs.astype(dtype), d_out, ROWS_BY_COLUMNS)
-    d_probs = dot(v_ref[...], d_out, ROWS_BY_ROWS)
+    dv_sum_ref[...] += contract(probs.astype(dtype), d_out, ROWS_BY_COLUMNS)
+    d_probs = contract(v_ref[...], d_out, ROWS_BY_ROWS)
     d_scores = probs * (d_probs - softmax_ref[2:3, here]) * scale
     d_scores = d_scores.astype(dtype)
-    dk_nope_sum_ref[...] += dot(d_scores, q_nope, ROWS_BY_COLUMNS)
-    dk_rope_sum_ref[...] += dot(q_rope, d_scores, ROWS_BY_ROWS)
-    dq_nope_sum_ref[here, :] += dot(
+    dk_nope_sum_ref[...] += contract(d_scores, q_nope, ROWS_BY_COLUMNS)
+    dk_rope_sum_ref[...] += contract(q_rope, d_scores, ROWS_BY_ROWS)
+    dq_nope_sum_ref[here, :] += contract(
       d_scores, k_nope_ref[...], COLUMNS_BY_COLUMNS
     )
-    dq_rope_sum_ref[:, here] += dot(k_rope_ref[...], d_scores, ROWS_BY_COLUMNS)
+    dq_rope_sum_ref[:, here] += contract(
+      k_rope_ref[...], d_scores, ROWS_BY_COLUMNS
+    )
 
   jax.lax.fori_loop(
     start_ref[row, key_tile], stop_ref[row, key_tile], visit, None
@@ -191,8 +194,8 @@ def backward(
   def of_all_heads(width):
     return pl.BlockSpec((None, width, keys), lambda g, b, n, i, *_: (b, 0, i))
 
-  operands = (q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places)
-  operands += (softmax, d_out)
+  places = (q_places, kv_places)
+  operands = (q_nope, q_rope, k_nope, k_rope, v, *places, softmax, d_out)
   out_shape = (
     jax.ShapeDtypeStruct(q_nope.shape, out_dtype),
     jax.ShapeDtypeStruct(q_rope.shape, out_dtype),

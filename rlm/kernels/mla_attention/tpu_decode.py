@@ -1,263 +1,110 @@
-"""Latent attention over the cache on a TPU.
-
-Grid (B, splits, steps). A step takes a few tiles of the cache from HBM, each
-once, and uses them as keys and as values: [W, tile] with tokens along lanes,
-which pads nothing. Only tiles that a query of the row sees are visited, by a
-list made before; a tile of a paged cache is a page, found through the list.
-
-The rows of a product are all heads of all new tokens, T * N. The running
-maximum and sum of the softmax stay in VMEM from step to step.
-"""
-
-import functools
-from collections.abc import Sequence
+"""`mla_decode` by the kernel for TPU: any cache, as tiles to visit."""
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 
-from rlm.kernels.attention import MASKED
-from rlm.kernels.backend import interpretation
-from rlm.kernels.mla_attention.caches import GROUP
-from rlm.kernels.mla_attention.tpu_forward import (
-  LANES,
-  ROWS_BY_COLUMNS,
-  ROWS_BY_ROWS,
-  estimate,
+from rlm.kernels.attention import attention_mask
+from rlm.kernels.backend import chip
+from rlm.kernels.mla_attention import tpu_decode_kernel as kernel
+from rlm.kernels.mla_attention.caches import (
+  Cache,
+  Float8Latents,
+  PagedLatents,
+  shape_of,
 )
-from rlm.kernels.product import exact_sums
+from rlm.kernels.mla_attention.parts import join_parts
+from rlm.kernels.mla_attention.tiles import tpu_tiles
+from rlm.kernels.mla_attention.tpu_forward import LANES
+from rlm.kernels.mla_attention.visits import visited_tiles
+
+_DTYPES = (jnp.bfloat16, jnp.float32)
+# A bit of an int32 for each query that may see a token.
+_MOST_QUERIES = 31
 
 
-def _plain_scores(dot, q_ref, kv_ref):
-  return dot(q_ref[...], kv_ref[...], ROWS_BY_COLUMNS)
-
-
-def _plain_sum(dot, weights, kv_ref, *, width):
-  return dot(weights.astype(kv_ref.dtype), kv_ref[:width, :], ROWS_BY_ROWS)
-
-
-def _groups(latent_ref):
-  return [pl.ds(i, GROUP) for i in range(0, latent_ref.shape[0], GROUP)]
-
-
-def _float8_scores(dot, q_ref, latent_ref, scales_ref, k_rope_ref):
-  """Scales multiply scores, of which there are fewer than latents."""
-  dtype, width = q_ref.dtype, latent_ref.shape[0]
-  scores = dot(q_ref[:, width:], k_rope_ref[...], ROWS_BY_COLUMNS)
-  for i, group in enumerate(_groups(latent_ref)):
-    latent = latent_ref[group, :].astype(dtype)
-    scale = scales_ref[i : i + 1, :]
-    scores += scale * dot(q_ref[:, group], latent, ROWS_BY_COLUMNS)
-  return scores
-
-
-def _float8_sum(dot, weights, latent_ref, scales_ref, *_, width, dtype):
-  parts = []
-  for i, group in enumerate(_groups(latent_ref)):
-    scaled = (weights * scales_ref[i : i + 1, :]).astype(dtype)
-    parts.append(dot(scaled, latent_ref[group, :].astype(dtype), ROWS_BY_ROWS))
-  return jnp.concatenate(parts, axis=1)
-
-
-def _kernel(
-  counts_ref,  # int32 [B]: tiles that a row visits
-  *refs,
-  scale: float,
-  heads: int,
-  width: int,  # C
-  tiles: int,  # of a step
-  arrays: int,  # of a tile: 1, or 3 in float8
-):
-  """Refs of one step.
-
-  Tables of tiles for the index maps (unused here); q [T * N, C + R]; then of
-  each tile its arrays and int32 [1, tile] bits, bit t of which says whether
-  query t sees the key; out [T * N, C] and lse float32 [T * N, 1] of a split;
-  scratch: top and total float32 [T * N, LANES], sum float32 [T * N, C].
-  """
-  _, _, q_ref, *refs = refs
-  cache_refs, refs = refs[: tiles * (arrays + 1)], refs[tiles * (arrays + 1) :]
-  out_ref, lse_ref, top_ref, total_ref, sum_ref = refs
-  row, split, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
-  dot = functools.partial(jax.lax.dot_general, **exact_sums(q_ref.dtype))
-  score = _plain_scores if arrays == 1 else _float8_scores
-  add = functools.partial(_plain_sum, width=width)
-  if arrays > 1:
-    add = functools.partial(_float8_sum, width=width, dtype=q_ref.dtype)
-
-  @pl.when(step == 0)
-  def _():
-    top_ref[...] = jnp.full_like(top_ref, MASKED)
-    total_ref[...] = jnp.zeros_like(total_ref)
-    sum_ref[...] = jnp.zeros_like(sum_ref)
-
-  # Steps of a split: as even as whole steps allow.
-  steps = jax.lax.div(
-    counts_ref[row] + pl.num_programs(1) * tiles - 1, pl.num_programs(1) * tiles
-  )
-  first = (split * steps + step) * tiles
-
-  @pl.when((step < steps) & (first < counts_ref[row]))
-  def _():
-    rows = q_ref.shape[0]
-    query = jax.lax.div(
-      jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), heads
-    )
-    scores = []
-    for i in range(tiles):
-      *cache, bits_ref = cache_refs[i * (arrays + 1) :][: arrays + 1]
-      seen = (jax.lax.shift_right_logical(bits_ref[...], query) & 1) == 1
-      # A list that ends in the step repeats its last tile.
-      seen &= first + i < counts_ref[row]
-      tile_scores = score(dot, q_ref, *cache)
-      scores.append(jnp.where(seen, tile_scores * scale, MASKED))
-    old_top = top_ref[:, :1]
-    top = old_top
-    for s in scores:
-      top = jnp.maximum(top, s.max(axis=1, keepdims=True))
-    shrink = jnp.exp(old_top - top)
-    total = shrink * total_ref[:, :1]
-    sums = shrink * sum_ref[...]
-    for i, s in enumerate(scores):
-      *cache, _ = cache_refs[i * (arrays + 1) :][: arrays + 1]
-      # Without a key yet, top = MASKED would turn masked scores to weights 1.
-      weights = jnp.exp(s - jnp.maximum(top, MASKED / 2))
-      total += weights.sum(axis=1, keepdims=True)
-      sums += add(dot, weights, *cache)
-    top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
-    total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
-    sum_ref[...] = sums
-
-  @pl.when(step == pl.num_programs(2) - 1)
-  def _():
-    total = total_ref[:, :1]
-    safe = jnp.where(total > 0, total, 1.0)
-    out_ref[...] = (sum_ref[...] / safe).astype(out_ref.dtype)
-    lse_ref[...] = jnp.where(
-      total > 0, jnp.log(safe) + top_ref[:, :1], -jnp.inf
-    )
+def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
+  """Why `decode` cannot run these operands, or None."""
+  if tpu_tiles() is None:
+    return f"{chip()!r} has no row in rlm/kernels/mla_attention/tiles.py"
+  if q.dtype not in _DTYPES:
+    return f"queries are {q.dtype}; it takes bfloat16 or float32"
+  if q.shape[1] > _MOST_QUERIES:
+    return f"{q.shape[1]} queries a row; it takes up to {_MOST_QUERIES}"
+  latents = kv.pages if isinstance(kv, PagedLatents) else kv
+  if isinstance(latents, Float8Latents):
+    if latents.k_rope.dtype != q.dtype:
+      return f"rope keys are {latents.k_rope.dtype}, queries {q.dtype}"
+  elif latents.dtype != q.dtype:
+    return f"the cache is {latents.dtype}, queries are {q.dtype}"
+  tokens = shape_of(latents)[2]
+  if tokens % LANES:
+    held = "a page" if isinstance(kv, PagedLatents) else "a row"
+    return f"{held} has room for {tokens} tokens, no multiple of {LANES}"
+  return None
 
 
 def decode(
   q: jax.Array,
-  cache: Sequence[jax.Array],
-  bits: jax.Array,
-  tile_ids: jax.Array,
-  places: jax.Array,
-  counts: jax.Array,
+  kv: Cache,
+  q_positions: jax.Array,
+  kv_positions: jax.Array,
+  q_segment_ids: jax.Array,
+  kv_segment_ids: jax.Array,
+  selected: jax.Array | None,
   *,
+  kv_lora_rank: int,
   scale: float,
-  heads: int,
-  width: int,
-  tile: int,
-  tiles_per_step: int,
-  splits: int,
-  vmem_bytes: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Attention of each split over the tiles that fall to it.
-
-  Args:
-    q: [B, T * N, C + R], queries first, then heads.
-    cache: arrays of [rows or pages, ., tokens]: one of C + R, or latents,
-      scales and rope keys of Float8Latents.
-    bits: int32 [B, 1, S], bit t says whether query t of the row sees a key.
-    tile_ids: int32 [B, visits], of `visited_tiles`.
-    places: int32 [B, visits]: row or page of `cache` times the tiles that one
-      holds, plus the tile within it.
-    counts: int32 [B], visits of a row.
-    scale: factor on the scores.
-    heads: N.
-    width: C.
-    tile: tokens of a tile, a divisor of the tokens of a row or page.
-    tiles_per_step: tiles taken at once.
-    splits: parts of a row's visits, with results of their own.
-    vmem_bytes: that the kernel may take.
-
-  Returns:
-    out [B, splits, T * N, C], in the dtype of `q` for one split, else float32;
-    lse float32 [B, splits, T * N].
-  """
-  b, rows, _ = q.shape
-  visits = tile_ids.shape[1]
-  held = cache[0].shape[2] // tile  # tiles of a row or page
-  steps = pl.cdiv(pl.cdiv(visits, tiles_per_step), splits)
-
-  def visit(b, split, step, counts, i):
-    """Which of the row's visits; past the last one, the last again."""
-    per_split = jax.lax.div(
-      counts[b] + splits * tiles_per_step - 1, splits * tiles_per_step
-    )
-    # Steps beyond those of the split fetch nothing new.
-    step = jnp.minimum(step, jnp.maximum(per_split - 1, 0))
-    at = (split * per_split + step) * tiles_per_step + i
-    return jnp.minimum(at, visits - 1)
-
-  def of_cache(array, i):
-    def index(b, split, step, counts, tile_ids, places):
-      place = places[b, visit(b, split, step, counts, i)]
-      return jax.lax.div(place, held), 0, jax.lax.rem(place, held)
-
-    return pl.BlockSpec((None, array.shape[1], tile), index)
-
-  def of_bits(i):
-    def index(b, split, step, counts, tile_ids, places):
-      return b, 0, tile_ids[b, visit(b, split, step, counts, i)]
-
-    return pl.BlockSpec((None, 1, tile), index)
-
-  specs, operands = [], []
-  for i in range(tiles_per_step):
-    specs += [of_cache(array, i) for array in cache] + [of_bits(i)]
-    operands += [*cache, bits]
-
-  def of_split(*shape):
-    return pl.BlockSpec((None, None, *shape), lambda b, p, i, *_: (b, p, 0, 0))
-
-  out_dtype = q.dtype if splits == 1 else jnp.float32
-  out_shape = (
-    jax.ShapeDtypeStruct((b, splits, rows, width), out_dtype),
-    jax.ShapeDtypeStruct((b, splits, rows, 1), jnp.float32),
+  """`mla_decode` by the kernel; its arguments."""
+  tiles = tpu_tiles()
+  assert tiles is not None  # else `decode_obstacle` had one
+  b, t, n, _ = q.shape
+  mask = attention_mask(
+    q_positions, kv_positions, q_segment_ids, kv_segment_ids, selected
   )
-  tokens = visits * tile
-  per_token = [
-    jax.ShapeDtypeStruct((b, array.shape[1], tokens), array.dtype)
-    for array in cache
-  ]
-  out, lse = pl.pallas_call(
-    functools.partial(
-      _kernel,
-      scale=scale,
-      heads=heads,
-      width=width,
-      tiles=tiles_per_step,
-      arrays=len(cache),
-    ),
-    grid_spec=pltpu.PrefetchScalarGridSpec(
-      num_scalar_prefetch=3,
-      grid=(b, splits, steps),
-      in_specs=[
-        pl.BlockSpec((None, *q.shape[1:]), lambda b, *_: (b, 0, 0)),
-        *specs,
-      ],
-      out_specs=[of_split(rows, width), of_split(rows, 1)],
-      scratch_shapes=[
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, LANES), jnp.float32),
-        pltpu.VMEM((rows, width), jnp.float32),
-      ],
-    ),
-    out_shape=out_shape,
-    compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"),
-      vmem_limit_bytes=vmem_bytes,
-    ),
-    cost_estimate=estimate(
-      b * rows * tokens,
-      flops=2 * (q.shape[2] + width),
-      arrays=(q, bits, *per_token, *out_shape),
-    ),
-    interpret=interpretation(),
-    name="mla_decode",
-  )(counts, tile_ids, places, q, *operands)
-  return out, lse[..., 0]
+  latents = kv.pages if isinstance(kv, PagedLatents) else kv
+  tokens = shape_of(latents)[2]
+  tile = _tile(tokens, tiles.decode_keys)
+  tile_ids, counts = visited_tiles(mask, tile)
+  held = tokens // tile
+  if isinstance(kv, PagedLatents):
+    pages = jnp.take_along_axis(kv.page_table, tile_ids // held, axis=1)
+    places = pages * held + tile_ids % held
+  else:
+    places = jnp.arange(b, dtype=jnp.int32)[:, None] * held + tile_ids
+  shifts = jnp.arange(t, dtype=jnp.int32)[None, :, None]
+  bits = (mask.astype(jnp.int32) << shifts).sum(axis=1, keepdims=True)
+  if isinstance(latents, Float8Latents):
+    cache = [latents.latent, latents.scales, latents.k_rope]
+  else:
+    cache = [latents]
+  splits = tiles.decode_splits
+  out, lse = kernel.decode(
+    q.reshape(b, t * n, -1),
+    cache,
+    bits,
+    tile_ids,
+    places,
+    counts,
+    scale=scale,
+    heads=n,
+    width=kv_lora_rank,
+    tile=tile,
+    tiles_per_step=max(min(tiles.decode_keys // tile, tile_ids.shape[1]), 1),
+    splits=splits,
+    vmem_bytes=tiles.vmem_bytes,
+  )
+  out = out.reshape(b, splits, t, n, -1)
+  lse = lse.reshape(b, splits, t, n).swapaxes(2, 3)
+  if splits == 1:
+    return out[:, 0], lse[:, 0]
+  out, lse = join_parts(out.swapaxes(0, 1), lse.swapaxes(0, 1))
+  return out.astype(q.dtype), lse
+
+
+def _tile(tokens: int, most: int) -> int:
+  """The greatest multiple of 128 up to `most` that divides `tokens`."""
+  lanes = tokens // LANES
+  return LANES * max(
+    n for n in range(1, lanes + 1) if lanes % n == 0 and n * LANES <= most
+  )

@@ -23,13 +23,9 @@ from rlm.kernels.mla_attention.visible import (
   tile_bounds,
   tiles_that_meet,
 )
-from rlm.kernels.product import exact_sums
+from rlm.kernels.product import ROWS_BY_COLUMNS, ROWS_BY_ROWS, contract
 
 LANES = 128
-# Which axes a product contracts.
-ROWS_BY_ROWS = (((1,), (1,)), ((), ()))  # x y^T
-ROWS_BY_COLUMNS = (((1,), (0,)), ((), ()))  # x y
-COLUMNS_BY_COLUMNS = (((0,), (0,)), ((), ()))  # x^T y
 
 
 def column(row: jax.Array) -> jax.Array:
@@ -48,16 +44,12 @@ def _kernel(
   q_places_ref,  # int32 [2, queries]: positions, segments
   kv_places_ref,  # int32 [2, span]
   out_ref,  # [queries, h]
-  rest_ref,  # [queries, h]: what rounding took from it
   softmax_ref,  # float32 [2, queries]: maximum and sum
-  q_rope_rows_ref,  # scratch [queries, R]
-  top_ref,  # scratch float32 [queries, LANES]
-  total_ref,
-  sum_ref,  # scratch float32 [queries, h]
-  *,
+  *refs,  # [queries, h]: what rounding took from out, if asked; and scratch
   scale: float,
   keys: int,
 ):
+  *rest_refs, q_rope_rows_ref, top_ref, total_ref, sum_ref = refs
   row, query_tile, span = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
   @pl.when(span == 0)
@@ -69,12 +61,13 @@ def _kernel(
 
   q_position = column(q_places_ref[0:1, :])
   q_segment = column(q_places_ref[1:2, :])
-  dot = functools.partial(jax.lax.dot_general, **exact_sums(q_nope_ref.dtype))
 
   def visit(tile, _):
     here = pl.ds(tile * keys, keys)
-    scores = dot(q_nope_ref[...], k_nope_ref[here, :], ROWS_BY_ROWS)
-    scores += dot(q_rope_rows_ref[...], k_rope_ref[:, here], ROWS_BY_COLUMNS)
+    scores = contract(q_nope_ref[...], k_nope_ref[here, :], ROWS_BY_ROWS)
+    scores += contract(
+      q_rope_rows_ref[...], k_rope_ref[:, here], ROWS_BY_COLUMNS
+    )
     seen = q_segment == kv_places_ref[1:2, here]
     seen &= q_position >= kv_places_ref[0:1, here]
     seen &= q_segment != 0
@@ -87,7 +80,7 @@ def _kernel(
     total = shrink * total_ref[:, :1] + weights.sum(axis=1, keepdims=True)
     top_ref[...] = jnp.broadcast_to(top, top_ref.shape)
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
-    sum_ref[...] = shrink * sum_ref[...] + dot(
+    sum_ref[...] = shrink * sum_ref[...] + contract(
       weights.astype(v_ref.dtype), v_ref[here, :], ROWS_BY_COLUMNS
     )
 
@@ -102,7 +95,8 @@ def _kernel(
     exact = sum_ref[...] / jnp.where(total > 0, total, 1.0)
     out = exact.astype(out_ref.dtype)
     out_ref[...] = out
-    rest_ref[...] = (exact - out.astype(jnp.float32)).astype(rest_ref.dtype)
+    for ref in rest_refs:
+      ref[...] = (exact - out.astype(jnp.float32)).astype(ref.dtype)
     softmax_ref[0:1, :] = top_ref[...].T[:1, :]
     softmax_ref[1:2, :] = total_ref[...].T[:1, :]
 
@@ -120,7 +114,8 @@ def forward(
   q_cut: Cut,
   kv_cut: Cut,
   vmem_bytes: int,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+  rest: bool,
+) -> list[jax.Array]:
   """Attention of whole tiles.
 
   Args:
@@ -135,11 +130,12 @@ def forward(
     q_cut: T in tiles.
     kv_cut: S in tiles, and in spans that VMEM holds.
     vmem_bytes: that the kernel may take.
+    rest: whether `backward` will follow, which needs the last result.
 
   Returns:
-    out [B, N, T, h] in the dtype of `q_nope`; what rounding to it took away,
-    likewise; float32 [B, N, 2, T], the maximum of a query's scores and the sum
-    of their exponentials relative to it, 0 where it sees no key.
+    out [B, N, T, h] in the dtype of `q_nope`; float32 [B, N, 2, T], the maximum
+    of a query's scores and the sum of their exponentials relative to it, 0
+    where it sees no key; and, if asked, what rounding took from out, like it.
   """
   b, n, t, h_nope = q_nope.shape
   s, h_rope, h_v = k_nope.shape[2], q_rope.shape[2], v.shape[3]
@@ -175,11 +171,11 @@ def forward(
     )
 
   operands = (q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places)
-  out_shape = (
-    jax.ShapeDtypeStruct((b, n, t, h_v), q_nope.dtype),
+  out_shape = [
     jax.ShapeDtypeStruct((b, n, t, h_v), q_nope.dtype),
     jax.ShapeDtypeStruct((b, n, 2, t), jnp.float32),
-  )
+  ]
+  out_shape += out_shape[:1] * rest
   return pl.pallas_call(
     functools.partial(_kernel, scale=scale, keys=keys),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -198,16 +194,16 @@ def forward(
       ],
       out_specs=[
         of_queries(h_v),
-        of_queries(h_v),
         pl.BlockSpec(
           (None, None, 2, queries), lambda b, n, i, j, *_: (b, n, 0, i)
         ),
+        *[of_queries(h_v)] * rest,
       ],
       scratch_shapes=[
         pltpu.VMEM((queries, h_rope), q_rope.dtype),
-        pltpu.VMEM((queries, LANES), jnp.float32),
-        pltpu.VMEM((queries, LANES), jnp.float32),
-        pltpu.VMEM((queries, h_v), jnp.float32),
+        pltpu.VMEM((queries, LANES), jnp.float32),  # maximum
+        pltpu.VMEM((queries, LANES), jnp.float32),  # sum of weights
+        pltpu.VMEM((queries, h_v), jnp.float32),  # sum of weighted values
       ],
     ),
     out_shape=out_shape,

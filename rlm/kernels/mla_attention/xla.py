@@ -54,15 +54,14 @@ def mla_attention_xla(
   by_head = prefers_heads(q_nope.shape[2])
 
   def attend(keys, part):
-    queries, q_positions, q_segment_ids, selected = part
-    *keys, kv_positions, kv_segment_ids = keys
+    (q_nope, q_rope), q_positions, q_segment_ids, selected = part
+    k_nope, k_rope, v, kv_positions, kv_segment_ids = keys
+    operands = (q_nope, q_rope, k_nope, k_rope, v)
     places = (q_positions, kv_positions, q_segment_ids, kv_segment_ids)
     if by_head:
       mask = attention_mask(*places, selected)
-      return _attend_by_head(*queries, *keys, mask, scale)
-    return mla_attention_reference(
-      *queries, *keys, *places, selected, scale=scale
-    )
+      return _attend_by_head(*operands, mask, scale)
+    return mla_attention_reference(*operands, *places, selected, scale=scale)
 
   return by_query_chunks(
     attend,

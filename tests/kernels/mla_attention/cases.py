@@ -39,13 +39,11 @@ def platform(implementation: str, interpret=True, **changes) -> Iterator[None]:
   if implementation != "tpu":
     yield
     return
-  before = dict(tiles._TPU)
-  tiles._TPU["v5p"] = dataclasses.replace(SMALL, **changes)
-  try:
-    with interpreting("tpu", "TPU v5", interpret):
-      yield
-  finally:
-    tiles._TPU.update(before)
+  with (
+    interpreting("tpu", "TPU v5", interpret),
+    tiles.trying(dataclasses.replace(SMALL, **changes)),
+  ):
+    yield
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,7 +189,9 @@ class Decode:
     lengths = np.array(self.lengths, np.int32)[:, None]
     q_positions = lengths - self.t + np.arange(self.t, dtype=np.int32)
     q_segments = (q_positions >= 0).astype(np.int32)
-    kv_positions = np.broadcast_to(np.arange(self.s, dtype=np.int32), (b, self.s))
+    kv_positions = np.broadcast_to(
+      np.arange(self.s, dtype=np.int32), (b, self.s)
+    )
     kv_segments = (kv_positions < lengths).astype(np.int32)
     if self.segments:
       second = kv_positions >= lengths // 2
@@ -211,9 +211,9 @@ class Decode:
       scale=0.1,
       implementation=implementation,
     )
-    out, lse = jax.jit(lambda q, cache: decode(q, cache, *self.places(), selected))(
-      q, cache
-    )
+    out, lse = jax.jit(
+      lambda q, cache: decode(q, cache, *self.places(), selected)
+    )(q, cache)
     return {"out": np.asarray(out), "lse": np.asarray(lse)}
 
 
@@ -264,6 +264,8 @@ def check(got, case: Attention | Decode, dtype) -> None:
   found = errors(got, exact(case))
   for name, limits in own_errors(case, dtype).items():
     finite = np.where(np.isfinite(exact(case)[name]), exact(case)[name], 0)
-    least = rounding * np.array([np.sqrt((finite**2).mean()), abs(finite).max()])
+    least = rounding * np.array(
+      [np.sqrt((finite**2).mean()), abs(finite).max()]
+    )
     limit = np.maximum(3 * np.array(limits), least)
     assert (np.array(found[name]) <= limit).all(), (name, found[name], limits)

@@ -1,8 +1,6 @@
 """Every implementation of latent attention against the reference in float64."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from tests.kernels.mla_attention import cases
