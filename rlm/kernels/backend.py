@@ -47,7 +47,9 @@ def _target(target: _Target) -> Iterator[None]:
     _targets.pop()
 
 
-def compiling_for(platform: str, chip: str) -> contextlib.AbstractContextManager:
+def compiling_for(
+  platform: str, chip: str
+) -> contextlib.AbstractContextManager:
   """Within it, what is traced is made for `platform` and the device `chip`."""
   return _target(_Target(platform, chip))
 

@@ -4,9 +4,7 @@ import jax
 import jax.numpy as jnp
 
 
-def join_parts(
-  outs: jax.Array, lses: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+def join_parts(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
   """Attention over all keys from attention over parts of them.
 
   out = sum_i exp(lse_i - lse) out_i with lse = log sum_i exp(lse_i).

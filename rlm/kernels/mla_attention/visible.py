@@ -63,7 +63,7 @@ def tile_bounds(
 
 
 def tiles_that_meet(queries: TileBounds, keys: TileBounds) -> jax.Array:
-  """bool [B, query tiles, key tiles]: whether any query may see any key."""
+  """Bool [B, query tiles, key tiles]: whether any query may see any key."""
   q = {f.name: getattr(queries, f.name)[:, :, None] for f in _FIELDS}
   k = {f.name: getattr(keys, f.name)[:, None, :] for f in _FIELDS}
   low = jnp.maximum(q["low"], k["low"])
