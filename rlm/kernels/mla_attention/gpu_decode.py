@@ -205,8 +205,8 @@ def decode(
   ids, counts = visited_tiles(mask, KEYS)
   token = jnp.arange(t, dtype=jnp.int32)[None, :, None]
   bits = (mask.astype(jnp.int32) << token).sum(axis=1, dtype=jnp.int32)
-  padded = ROWS * -(-rows // ROWS)
-  padding = ((0, 0), (0, padded - rows), (0, 0))
+  blocks = -(-rows // ROWS)
+  padding = ((0, 0), (0, blocks * sizes.columns - rows), (0, 0))
   latents = kv.pages if isinstance(kv, PagedLatents) else kv
   if sizes.float8:
     codes = lax.bitcast_convert_type(latents.latent, jnp.int8)
@@ -216,16 +216,16 @@ def decode(
   if sizes.turned:
     out_shape = (splits, b, kv_lora_rank, sizes.columns)
   else:
-    out_shape = (splits, b, padded, kv_lora_rank)
+    out_shape = (splits, b, blocks * ROWS, kv_lora_rank)
   outs, lses = plgpu.kernel(
     functools.partial(block, sizes=sizes),
     out_type=(
       jax.ShapeDtypeStruct(out_shape, jnp.float32),
-      jax.ShapeDtypeStruct((splits, b, padded), jnp.float32),
+      jax.ShapeDtypeStruct((splits, b, blocks * ROWS), jnp.float32),
     ),
     scratch_types=scratch(sizes, q.dtype),
     # Blocks that differ in the last index alone read the same tiles.
-    grid=(b, splits, padded // ROWS),
+    grid=(b, splits, blocks),
     grid_names=("b", "split", "rows"),
     num_threads=3,
     thread_name="group",

@@ -338,12 +338,15 @@ class _Block:
   def lead(self) -> None:
     sizes, smem = self.sizes, self.smem
     c = sizes.kv_lora_rank
-    q_row = self.q_ref.at[self.b, self.rows]
-    for columns, target_ref in (
+    # Rows beyond `columns` are never written: whatever lies there may do.
+    q_ref = self.q_ref.at[self.b, pl.ds(self.first_row, sizes.columns)]
+    held = pl.ds(0, sizes.columns)
+    for width, target_ref in (
       (pl.ds(0, c), smem.q_latent),
       (pl.ds(c, sizes.rope), smem.q_rope),
     ):
-      plgpu.copy_gmem_to_smem(q_row.at[:, columns], target_ref, smem.q_full)
+      source_ref, target_ref = q_ref.at[:, width], target_ref.at[held]
+      plgpu.copy_gmem_to_smem(source_ref, target_ref, smem.q_full)
     row = _vector(lax.iota(jnp.int32, ROWS), 1) + self.first_row
     row_bits = jnp.int32(1) << lax.div(row, jnp.int32(sizes.heads))
     plgpu.barrier_wait(smem.q_full)
@@ -384,12 +387,12 @@ def block(*refs, sizes: Sizes, **smem) -> None:
   """The kernel of a block; grid (b, split, rows), threads `group`.
 
   Args:
-    *refs: in GMEM: q [B, rows, C + R]; bits int32 [B, S], bit t of a key set
-      where token t sees it; ids int32 [B, tiles], visited tiles of the mask;
-      places int32 [B, tiles], where they are, page * tiles of a page + tile;
-      counts int32 [B], how many are visited; the cache's arrays, by pages; out
-      float32 [splits, B, rows, C], or [splits, B, C, columns] where turned; lse
-      float32 [splits, B, rows].
+    *refs: in GMEM: q [B, rows, C + R], of `columns` rows or 64s; bits int32 [B,
+      S], bit t of a key set where token t sees it; ids int32 [B, tiles],
+      visited tiles of the mask; places int32 [B, tiles], where they are, page *
+      tiles of a page + tile; counts int32 [B], how many are visited; the
+      cache's arrays, by pages; out float32 [splits, B, 64s, C], or [splits, B,
+      C, columns] where turned; lse float32 [splits, B, 64s].
     sizes: what is static.
     **smem: of `scratch`.
   """

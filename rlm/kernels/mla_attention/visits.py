@@ -26,9 +26,12 @@ def visited_tiles(mask: jax.Array, tile: int) -> tuple[jax.Array, jax.Array]:
       " a divisor."
     )
   visited = mask.any(axis=1).reshape(b, -1, tile).any(axis=-1)  # [B, tiles]
-  counts = visited.sum(axis=-1, dtype=jnp.int32)
-  ids = jnp.argsort(~visited, axis=-1, stable=True).astype(jnp.int32)
-  last = jnp.take_along_axis(ids, jnp.maximum(counts - 1, 0)[:, None], axis=-1)
-  last = jnp.where(counts[:, None] > 0, last, 0)
-  real = jnp.arange(ids.shape[1])[None] < counts[:, None]
-  return jnp.where(real, ids, last), counts
+  tiles = jnp.arange(visited.shape[1], dtype=jnp.int32)
+  # Counted by comparing all with all, a fusion each: a sort or a scan of so few
+  # is a kernel, or several, that each decoded token would wait for.
+  up_to = tiles[:, None] >= tiles[None]
+  rank = (visited[:, None] & up_to[None]).sum(axis=-1, dtype=jnp.int32)
+  below = rank[:, None] <= tiles[None, :, None]
+  ids = below.sum(axis=-1, dtype=jnp.int32)  # the list's length beyond its end
+  last = jnp.where(visited, tiles[None], 0).max(axis=-1, keepdims=True)
+  return jnp.minimum(ids, last), rank[:, -1]
