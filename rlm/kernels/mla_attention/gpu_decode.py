@@ -45,6 +45,7 @@ page's or a row's length apart, and only parts of the same row, which take its
 tiles in turn, read on where another has stopped.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -58,6 +59,7 @@ from rlm.kernels.mla_attention.caches import (
   GROUP,
   Cache,
   Float8Latents,
+  Latents,
   PagedLatents,
   shape_of,
 )
@@ -82,6 +84,11 @@ _MOST_LATENTS = 512
 _MOST_TOKENS = 32
 
 
+def _latents(kv: Cache) -> Latents:
+  """Those of pages, or of rows."""
+  return kv.pages if isinstance(kv, PagedLatents) else kv
+
+
 def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
   """Why `decode` cannot run these operands, or None."""
   tiles = gpu_tiles()
@@ -91,13 +98,13 @@ def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
       " H200, H800, H20 or GH200"
     )
   _, t, _, width = q.shape
-  latents = kv.pages if isinstance(kv, PagedLatents) else kv
+  latents = _latents(kv)
   if isinstance(latents, Float8Latents):
-    held, float8, multiple = latents.k_rope, True, GROUP
+    held, multiple = latents.k_rope, GROUP
     if latents.latent.dtype != jnp.float8_e4m3fn:
       return f"latents are {latents.latent.dtype}; it takes float8_e4m3fn"
   else:
-    held, float8, multiple = latents, False, SLAB
+    held, multiple = latents, SLAB
   if q.dtype != held.dtype or q.dtype not in _DTYPES:
     return (
       f"queries are {q.dtype} and keys {held.dtype}; it takes both in bfloat16"
@@ -114,10 +121,11 @@ def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
   if room % KEYS:
     unit = "a page" if isinstance(kv, PagedLatents) else "a row of the cache"
     return f"{unit} has room for {room} tokens; it takes multiples of {KEYS}"
-  if _sizes(q, kv, kv_lora_rank, 1.0, tiles) is None:
+  taken = smem_bytes(_sizes(q, kv, kv_lora_rank, 1.0, tiles))
+  if taken > _SMEM_BYTES:
     return (
-      f"C and R are {kv_lora_rank} and {rope}, {float8=}, which take more than"
-      f" {_SMEM_BYTES} bytes of shared memory"
+      f"C and R are {kv_lora_rank} and {rope}, whose tiles take {taken} bytes"
+      f" of shared memory; there are {_SMEM_BYTES}"
     )
   return None
 
@@ -149,29 +157,27 @@ def splits_of(
 
 def _sizes(
   q: jax.Array, kv: Cache, kv_lora_rank: int, scale: float, tiles: GpuTiles
-) -> Sizes | None:
-  """What the call fixes; None where not one tile fits into SMEM."""
+) -> Sizes:
+  """What the call fixes: with all the stages that fit into SMEM, at least 1."""
   b, t, n, width = q.shape
   s = shape_of(kv)[2]
-  latents = kv.pages if isinstance(kv, PagedLatents) else kv
   columns = next((x for x in (16, 32) if t * n <= x), ROWS)
-  for stages in range(tiles.decode_stages, 0, -1):
-    sizes = Sizes(
-      heads=n,
-      kv_lora_rank=kv_lora_rank,
-      rope=width - kv_lora_rank,
-      columns=columns,
-      splits=splits_of(
-        b * -(-t * n // ROWS), s // KEYS, columns, tiles.multiprocessors
-      ),
-      stages=stages,
-      page=s // kv.page_table.shape[1] if isinstance(kv, PagedLatents) else s,
-      scale=scale,
-      float8=isinstance(latents, Float8Latents),
-    )
-    if smem_bytes(sizes) <= _SMEM_BYTES:
-      return sizes
-  return None
+  sizes = Sizes(
+    heads=n,
+    kv_lora_rank=kv_lora_rank,
+    rope=width - kv_lora_rank,
+    columns=columns,
+    splits=splits_of(
+      b * -(-t * n // ROWS), s // KEYS, columns, tiles.multiprocessors
+    ),
+    stages=tiles.decode_stages,
+    page=shape_of(_latents(kv))[2],
+    scale=scale,
+    float8=isinstance(_latents(kv), Float8Latents),
+  )
+  while sizes.stages > 1 and smem_bytes(sizes) > _SMEM_BYTES:
+    sizes = dataclasses.replace(sizes, stages=sizes.stages - 1)
+  return sizes
 
 
 def _places(kv: Cache, ids: jax.Array, page: int) -> jax.Array:
@@ -196,7 +202,9 @@ def decode(
   scale: float,
 ) -> tuple[jax.Array, jax.Array]:
   """`mla_decode` by the kernel; its arguments."""
-  sizes = _sizes(q, kv, kv_lora_rank, scale, gpu_tiles())
+  tiles = gpu_tiles()
+  assert tiles is not None, chip()
+  sizes = _sizes(q, kv, kv_lora_rank, scale, tiles)
   b, t, n, width = q.shape
   rows, splits = t * n, sizes.splits
   mask = attention_mask(
@@ -207,12 +215,12 @@ def decode(
   bits = (mask.astype(jnp.int32) << token).sum(axis=1, dtype=jnp.int32)
   blocks = -(-rows // ROWS)
   padding = ((0, 0), (0, blocks * sizes.columns - rows), (0, 0))
-  latents = kv.pages if isinstance(kv, PagedLatents) else kv
-  if sizes.float8:
+  latents = _latents(kv)
+  if isinstance(latents, Float8Latents):
     codes = lax.bitcast_convert_type(latents.latent, jnp.int8)
-    arrays = (codes, latents.scales, latents.k_rope)
+    arrays = [codes, latents.scales, latents.k_rope]
   else:
-    arrays = (latents,)
+    arrays = [latents]
   if sizes.turned:
     out_shape = (splits, b, kv_lora_rank, sizes.columns)
   else:

@@ -114,7 +114,7 @@ def _vector(x: jax.Array, axis: int) -> jax.Array:
   return _laid_out(x, plgpu.Layout.WGMMA.reduce(axis))
 
 
-def _along(x: jax.Array, shape: tuple[int, int], axis: int) -> jax.Array:
+def _along(x: jax.Array, shape: tuple[int, ...], axis: int) -> jax.Array:
   """A vector along `axis` of a matrix of `shape`, the same over the other."""
   return lax.broadcast_in_dim(x, shape, (axis,))
 
@@ -269,7 +269,8 @@ class _Block:
       else:
         pair = weights, chunk
       # Not added up in the product's own registers: interpreters have no such.
-      result.append(self.scaled(x, factors) + _multiply_turned(x.shape, *pair))
+      new = _multiply_turned(self.sizes.sums_shape(width), *pair)
+      result.append(self.scaled(x, factors) + new)
     return tuple(result)
 
   def write(self, sums, group: int) -> None:
@@ -348,7 +349,8 @@ class _Block:
       source_ref, target_ref = q_ref.at[:, width], target_ref.at[held]
       plgpu.copy_gmem_to_smem(source_ref, target_ref, smem.q_full)
     row = _vector(lax.iota(jnp.int32, ROWS), 1) + self.first_row
-    row_bits = jnp.int32(1) << lax.div(row, jnp.int32(sizes.heads))
+    # Rows beyond the last token's have any bit; shifting by 32 is undefined.
+    row_bits = jnp.int32(1) << (lax.div(row, jnp.int32(sizes.heads)) & 31)
     plgpu.barrier_wait(smem.q_full)
 
     def step(i, carry):

@@ -137,7 +137,7 @@ REFUSED = {
   "a row of the cache has room for 4000 tokens": dict(s=4000),
   "a page has room for 32 tokens": dict(page=32),
   "queries are float32 and keys float32": dict(dtype="float32"),
-  "C and R are 512 and 512, float8=False, which take": dict(r=512),
+  "C and R are 512 and 512, whose tiles take 272424 bytes": dict(r=512),
 }
 
 
