@@ -118,7 +118,8 @@ def add_backward(case: Case, journal: Journal, *, rates: Rates) -> None:
     if train.get("case") != case.name:
       continue
     forward = journal.records.get(job_of(case.forward, train["way"]), {})
-    if "ms" in train and "ms" in forward:
+    # Of the smallest, noise may leave nothing.
+    if 0 < forward.get("ms", 0) < train.get("ms", 0):
       secs = [(train["ms"] - forward["ms"]) / 1e3]
       about = {"case": backward, "way": train["way"], "status": "ok"}
       record = about | figures(secs, work, case.dtype, rates)
