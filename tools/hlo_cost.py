@@ -162,7 +162,7 @@ def hbm_bytes(
   """Bytes that one execution reads from and writes to HBM.
 
   A lower bound: a kernel that reads an operand several times counts once, but
-  for XLA's ragged products, of which the tiles are known; a ragged all-to-all
+  for ragged products, of which the tiles are known; a ragged all-to-all
   moves the rows in use, as many in as out. Arrays in other
   memory spaces (VMEM, SMEM, flags) are free, and so is what an instruction that
   calls others (a loop, a branch) hands on.
@@ -219,11 +219,23 @@ def hbm_bytes(
 
 
 def _ragged_tiles(i: Instruction) -> tuple[int, ...]:
-  """Rows, depth and columns of the tiles of XLA's kernel for ragged dots."""
+  """Rows, depth and columns of the tiles of a kernel for ragged products.
+
+  XLA's names them, and so do those of `rlm.kernels.grouped_matmul_tpu`.
+  """
   found = re.search(
-    r'ragged_dot_tiling="([\d,]+)"', i.attributes.get("frontend_attributes", "")
+    r'(?:ragged_dot_tiling|grouped_matmul_tiles)="([\d,]+)"',
+    i.attributes.get("frontend_attributes", ""),
   )
   return tuple(int(n) for n in found[1].split(",")) if found else ()
+
+
+def _is_gradient(out: Shape) -> bool:
+  """Whether a ragged product is one by matrices: [M, K], [M, N] -> [G, K, N].
+
+  XLA writes that as a masked convolution, rlm's kernel does it.
+  """
+  return len(out.dims) == 3
 
 
 def _ragged_bytes(
@@ -232,13 +244,22 @@ def _ragged_bytes(
   tiles: tuple[int, ...],
   ragged_rows: float | None,
 ) -> float:
-  """HBM bytes of XLA's kernel [M, K] x [G, K, N] -> [M, N] for ragged dots.
+  """HBM bytes of a kernel [M, K] x [G, K, N] -> [M, N] for ragged products.
 
   Its grid goes over tiles of columns, then of rows, then of depth: rows are
   read again for each tile of columns. Matrices stay from one tile of rows to
   the next, unless their depth is cut: then each tile of rows reads them again.
+  A gradient reads both operands once for each tile of the other's width.
   """
   shapes = [o.shape for o in operands]
+  if _is_gradient(out):
+    left, right = (s for s in shapes if len(s.dims) == 2)
+    rows, (_, depth, columns) = left.dims[0], out.dims
+    share = 1.0 if ragged_rows is None else min(1.0, ragged_rows / rows)
+    across, down = math.ceil(columns / tiles[2]), math.ceil(depth / tiles[1])
+    read = _in_hbm(left, left.padded_bytes) * across
+    read += _in_hbm(right, right.padded_bytes) * down
+    return read * share + _in_hbm(out, out.padded_bytes)
   left = next(s for s in shapes if len(s.dims) == 2)
   right = next(s for s in shapes if len(s.dims) == 3)
   rows, depth = left.dims
@@ -395,11 +416,11 @@ def _custom_call(
     if tiling := _ragged_tiles(i):
       arrays = [o.shape for o in computation.operands_of(i)]
       rows, depth = next(a.dims for a in arrays if len(a.dims) == 2)
-      matrices = next(a.dims for a in arrays if len(a.dims) == 3)
-      nominal = 2.0 * rows * depth * i.shape.size / rows
+      groups = next(a.dims for a in [*arrays, i.shape] if len(a.dims) == 3)[0]
+      nominal = 2.0 * rows * depth * i.shape.dims[-1]
       share = 1.0 if ragged_rows is None else min(1.0, ragged_rows / rows)
       tiles = math.ceil(rows / tiling[0])
-      visited = math.ceil(tiles * share) + matrices[0] - 1
+      visited = math.ceil(tiles * share) + groups - 1
       at_most = nominal * visited / tiles
       return Flops("ragged", nominal, nominal * share, at_most, dtype)
     if "ragged-dot-metadata" in i.name:  # tables of groups, no products

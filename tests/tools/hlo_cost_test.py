@@ -139,6 +139,21 @@ def test_ragged_products_count_the_rows_in_use():
   assert bytes_ == 1024 * 256 * 2 + 2 * 4 * 256 * 64 * 2 + 1024 * 64 * 4
 
 
+def test_gradients_of_ragged_products_count_the_rows_in_use():
+  line = kernel(
+    attributes=', frontend_attributes={grouped_matmul_tiles="128,128,64"}'
+  ).replace("f32[1024,64]", "f32[4,256,64]")
+  parameters = "bf16[1024,256]", "bf16[1024,64]"
+  part = flops_of(line, *parameters, ragged_rows=300)
+  assert part.kind == "ragged"
+  assert part.nominal == 2 * 1024 * 256 * 64
+  assert part.executed == pytest.approx(2 * 300 * 256 * 64)
+  assert part.at_most == 2 * 6 * 128 * 256 * 64
+  # One tile of columns, two of depth.
+  bytes_ = bytes_of(line, *parameters, ragged_rows=512)
+  assert bytes_ == 512 * 256 * 2 + 2 * 512 * 64 * 2 + 4 * 256 * 64 * 4
+
+
 @pytest.mark.parametrize(
   ("line", "parameters", "size"),
   [
