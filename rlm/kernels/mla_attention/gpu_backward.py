@@ -27,10 +27,10 @@ tiles of 32 queries in six:
 | registers of a thread: gradients, float32 | 64 + 32 | 64 + 64 + 32 |
 | registers: scores and the gradients of weights | 32 + 32 | 16 + 16 |
 
-A thread can have 240 registers if the warpgroup that fetches keeps 24. Tiles of
-64 queries in `dk`, or of 128 keys in `dq`, would not fit: compiled, the
-products wait for each other, and the gradient to the rope key goes to memory
-and back at each tile.
+A thread can have 240 registers if the warpgroup that fetches keeps 24. Larger
+tiles do not fit: by ptxas 12.9, `dk` with 64 queries a tile keeps the gradient
+to the rope key in memory and makes each product wait for the one before, and
+`dq` with 128 keys moves half a KiB a thread to memory and back.
 """
 
 import functools

@@ -41,17 +41,12 @@ def check(got, case, dtype):
   cases.check(cases.exact(case) | got, case, dtype)
 
 
-@pytest.mark.parametrize("name", SOME)
-def test_values(name):
+# The output leaves through SMEM of the queries where both are as wide.
+@pytest.mark.parametrize("name, width", [*zip(SOME, (64, 128), strict=True)])
+def test_values(name, width, monkeypatch):
+  monkeypatch.setattr(cases, "NOPE", width)
   with hopper.interpreted():
     check(values(SOME[name], jnp.bfloat16), SOME[name], jnp.bfloat16)
-
-
-def test_values_as_wide_as_keys_leave_through_the_queries(monkeypatch):
-  monkeypatch.setattr(cases, "NOPE", cases.VALUE)
-  case = cases.Attention(((90,),), 90, 90, n=1)
-  with hopper.interpreted():
-    check(values(case, jnp.bfloat16), case, jnp.bfloat16)
 
 
 @pytest.mark.full
@@ -64,9 +59,9 @@ def test_values_of_all_cases(name, dtype):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
-@pytest.mark.parametrize("name", SOME | ALL)
+@pytest.mark.parametrize("name", ALL)
 def test_values_on_a_gpu(name, dtype):
-  case = (SOME | ALL)[name]
+  case = ALL[name]
   check(values(case, dtype), case, dtype)
 
 
