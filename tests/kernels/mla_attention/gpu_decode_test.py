@@ -1,6 +1,5 @@
 """Hopper's decode kernel: interpreted, lowered; on a GPU if there is one."""
 
-import dataclasses
 import functools
 
 import jax
@@ -23,53 +22,65 @@ from tests.kernels.mla_attention import cases, hopper
 Case = cases.Decode
 decode = functools.partial(mla_decode, scale=0.1, implementation="gpu")
 
+
+class Wide(cases.Decode):
+  """Latents of two float8 groups."""
+
+  WIDTH = 256
+
+
+class Published(cases.Decode):
+  """DeepSeek-V3's latents, of which a warpgroup has more than one product."""
+
+  WIDTH = 512
+
+
 # Few blocks, for the interpreter of jax 0.10 compiles each of them anew; with
-# how many multiprocessors they are for.
+# into how many parts rows are split.
 SOME = {
-  "rows of 0 and an odd number": (Case((0, 301)), 1),
-  "parts, one without tiles": (Case((50,), t=2, n=5, segments=True), 2),
+  # One tile, so a part has none; and three in two parts.
+  "parts": (Case((60, 301), t=2, n=5, segments=True), 2),
   "heads that fill no block": (Case((130,), n=40), 1),
-  "pages of float8": (Case((200,), kind="paged float8", t=3, n=4), 1),
+  "pages of float8": (Wide((0, 200), kind="paged float8", t=3, n=4), 1),
 }
 ALL = cases.DECODE | {
   "two documents, two queries": Case((500, 257), t=2, segments=True),
   "four queries of many heads": Case((200, 65), t=4, n=40),
-  "float8, many heads": Case((200,), n=65, kind="float8"),
+  "float8, many heads": Wide((200,), n=65, kind="float8"),
   "pages, selected keys": Case((512,), kind="paged", selected=0.02, t=2),
   "float8, huge logits": Case((300,), kind="float8", size=8.0),
+  "published, few heads": Published((1, 200)),
+  "published, many heads": Published((200,), n=128),
+  "published, float8": Published((200,), n=64, kind="float8"),
 }
 
 
 @pytest.fixture
-def multiprocessors(monkeypatch):
-  """Sets how many there are, hence how many parts."""
-
-  def of(number):
-    tiles = dataclasses.replace(gpu_tiles(), multiprocessors=number)
-    monkeypatch.setattr(gpu_decode, "gpu_tiles", lambda: tiles)
-
-  return of
+def parts(monkeypatch):
+  """Sets how many parts rows are split into."""
+  return lambda n: monkeypatch.setattr(gpu_decode, "splits_of", lambda *_: n)
 
 
-def check_interpreted(case, dtype, multiprocessors, number):
+def check_interpreted(case, dtype):
   with hopper.interpreted():
-    multiprocessors(number)
     got = case.run("gpu", dtype)
   cases.check(got, case, dtype)
   assert not interpret_pallas_call.get_races().races_found
 
 
 @pytest.mark.parametrize("name", SOME)
-def test_values(name, multiprocessors):
+def test_values(name, parts):
   case, number = SOME[name]
-  check_interpreted(case, jnp.bfloat16, multiprocessors, number)
+  parts(number)
+  check_interpreted(case, jnp.bfloat16)
 
 
 @pytest.mark.full
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
 @pytest.mark.parametrize("name", ALL)
-def test_values_of_all_cases(name, dtype, multiprocessors):
-  check_interpreted(ALL[name], dtype, multiprocessors, 4)
+def test_values_of_all_cases(name, dtype, parts):
+  parts(3)
+  check_interpreted(ALL[name], dtype)
 
 
 @pytest.mark.gpu
