@@ -1,4 +1,8 @@
-"""Every implementation of latent attention against the reference in float64."""
+"""Every implementation of latent attention against the reference in float64.
+
+Kernels are interpreted here. Those for GPUs take wider tiles than is quick, and
+have files of their own; what they must meet is the same.
+"""
 
 import jax.numpy as jnp
 import pytest
@@ -6,11 +10,29 @@ import pytest
 from tests.kernels.mla_attention import cases
 
 IMPLEMENTATIONS = ("xla", "tpu")
-DTYPES = (jnp.float32, jnp.bfloat16)
+# Both dtypes of these in every run; the other cases under --full.
+QUICK = (
+  "packed rows of odd length",
+  "huge logits",
+  "pages of float8",
+  "two queries a row",
+)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", cases.ATTENTION)
+def by_case(table):
+  return [
+    pytest.param(
+      name,
+      dtype,
+      id=f"{name}-{dtype.__name__}",
+      marks=() if name in QUICK else pytest.mark.full,
+    )
+    for name in table
+    for dtype in (jnp.float32, jnp.bfloat16)
+  ]
+
+
+@pytest.mark.parametrize(("name", "dtype"), by_case(cases.ATTENTION))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_attention(implementation, name, dtype):
   case = cases.ATTENTION[name]
@@ -18,10 +40,36 @@ def test_attention(implementation, name, dtype):
     cases.check(case.run(implementation, dtype), case, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", cases.DECODE)
+@pytest.mark.parametrize(("name", "dtype"), by_case(cases.DECODE))
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_decode(implementation, name, dtype):
   case = cases.DECODE[name]
   with cases.platform(implementation):
     cases.check(case.run(implementation, dtype), case, dtype)
+
+
+STRICT = [
+  ("packed rows of odd length", cases.ATTENTION),
+  ("a part of the keys", cases.ATTENTION),
+  ("rows of 0, 1, odd and all", cases.DECODE),
+  ("pages of float8", cases.DECODE),
+]
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "table"), STRICT)
+def test_a_strict_interpreter_finds_nothing(name, table, capfd):
+  """Races, reads out of bounds and of what was never written."""
+  with cases.platform("tpu", cases.STRICT, decode_splits=2):
+    got = table[name].run("tpu", jnp.float32)
+  cases.check(got, table[name], jnp.float32)
+  assert "RACE" not in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["packed rows of odd length"])
+def test_a_step_repeats_bit_for_bit(name):
+  case = cases.ATTENTION[name]
+  with cases.platform("tpu"):
+    first, second = (case.run("tpu", jnp.bfloat16) for _ in range(2))
+  for key, value in first.items():
+    assert value.tobytes() == second[key].tobytes(), key
