@@ -1,5 +1,6 @@
 """What every form of attention shares: masks, softmax, heads, query chunks."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -88,17 +89,69 @@ def attend_heads(
   penalty = jnp.where(mask, 0.0, MASKED)
   outs, lses = [], []
   for q, k, v in heads:
-    scores = einsum("BTH,BSH->BTS", q, k)
-    scores = scores * scale + penalty
-    top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
-    # A row without keys has top = MASKED and would give weights of 1.
-    weights = jnp.exp(scores - jnp.maximum(top, MASKED / 2))
-    total = weights.sum(axis=-1)
-    safe = jnp.where(total > 0, total, 1.0)
-    out = einsum("BTS,BSh->BTh", weights.astype(q.dtype), v)
-    outs.append((out / safe[..., None]).astype(q.dtype))
-    lses.append(jnp.where(total > 0, jnp.log(safe) + top[..., 0], -jnp.inf))
+    head = _attend_head if q.dtype == jnp.float32 else _attend_rounded_head
+    out, lse = head(q, k, v, penalty, scale)
+    outs.append(out.astype(q.dtype))
+    lses.append(lse)
   return jnp.stack(outs, axis=2), jnp.stack(lses, axis=1)
+
+
+def _weights(q, k, penalty, scale):
+  """exp(scores - their maximum), the sums of these, and the maximum."""
+  scores = einsum("BTH,BSH->BTS", q, k)
+  scores = scores * scale + penalty
+  top = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
+  # A row without keys has top = MASKED and would give weights of 1.
+  weights = jnp.exp(scores - jnp.maximum(top, MASKED / 2))
+  return weights, weights.sum(axis=-1), top[..., 0]
+
+
+def _attend_head(q, k, v, penalty, scale):
+  return _mean(*_weights(q, k, penalty, scale), v)
+
+
+def _mean(weights, total, top, v):
+  safe = jnp.where(total > 0, total, 1.0)
+  out = einsum("BTS,BSh->BTh", weights.astype(v.dtype), v)
+  lse = jnp.where(total > 0, jnp.log(safe) + top, -jnp.inf)
+  return out / safe[..., None], lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attend_rounded_head(q, k, v, penalty, scale):
+  """As `_attend_head`, for operands of 16 bits.
+
+  Left to autodiff, the gradient of a weight is rounded to them before that of
+  the sum is taken off it, which leaves noise where one key has all the weight.
+  """
+  return _attend_head(q, k, v, penalty, scale)
+
+
+def _rounded_forward(q, k, v, penalty, scale):
+  weights, total, top = _weights(q, k, penalty, scale)
+  out, lse = _mean(weights, total, top, v)
+  return (out, lse), (q, k, v, weights, total, out)
+
+
+def _rounded_backward(scale, residuals, cotangents):
+  q, k, v, weights, total, out = residuals
+  d_out, d_lse = cotangents
+  seen = total > 0
+  probs = weights / jnp.where(seen, total, 1.0)[..., None]
+  delta = jnp.where(seen, (d_out * out).sum(axis=-1) - d_lse, 0.0)
+  d_out = d_out.astype(v.dtype)  # which it was before `attend_heads` cast it
+  d_probs = einsum("BTh,BSh->BTS", d_out, v)
+  d_scores = probs * (d_probs - delta[..., None]) * scale
+  d_scores = d_scores.astype(q.dtype)
+  return (
+    einsum("BTS,BSH->BTH", d_scores, k).astype(q.dtype),
+    einsum("BTS,BTH->BSH", d_scores, q).astype(k.dtype),
+    einsum("BTS,BTh->BSh", probs.astype(v.dtype), d_out).astype(v.dtype),
+    None,
+  )
+
+
+_attend_rounded_head.defvjp(_rounded_forward, _rounded_backward)
 
 
 def by_query_chunks(

@@ -1,6 +1,6 @@
 """Every form of grouped-query attention against the loops of latent attention.
 
-The loops and the rows are those of `mla_attention_test`; here N query heads
+The loops and the rows are those of latent attention's; here N query heads
 share M < N keys and values.
 """
 
@@ -14,7 +14,11 @@ import pytest
 from rlm.kernels import gqa_attention as kernel
 from rlm.kernels.attention import attention_mask
 from tests.fast_jit import fast_jit
-from tests.kernels.mla_attention_test import loop, selected_keys, where
+from tests.kernels.mla_attention.reference_test import (
+  loop,
+  selected_keys,
+  where,
+)
 
 B, T, S, N, M, H = 2, 6, 9, 6, 2, 4
 SCALE = 0.37
