@@ -107,7 +107,8 @@ def _weights(q, k, penalty, scale):
 
 
 def _attend_head(q, k, v, penalty, scale):
-  return _mean(*_weights(q, k, penalty, scale), v)
+  weights, total, top = _weights(q, k, penalty, scale)
+  return _mean(weights, total, top, v)
 
 
 def _mean(weights, total, top, v):

@@ -149,9 +149,10 @@ class ModelConfig:
       "attention" likewise but keeps the output of its attention; "dots" keeps
       its matrix products and recomputes the rest.
     unroll_layers: straight-line code instead of a scan; the same tree.
-    attention_chunk: queries of a row handled at once, 0 = all; with latent
-      attention, whose queries, keys and values are wide, also one row after the
-      other. What a chunk or a row makes is recomputed, whatever `remat` says.
+    attention_chunk: queries of a row handled at once, 0 = all, where no kernel
+      handles a tile at a time; with latent attention, whose queries, keys and
+      values are wide, also one row after the other, with kernels too. What a
+      chunk or a row makes is recomputed, whatever `remat` says.
     logits_chunk: vocabulary rows handled at once in losses, 0 = all.
     num_key_value_heads: of grouped-query attention; 0 is latent attention,
       whose published configs repeat num_attention_heads here.
