@@ -45,8 +45,8 @@ class TpuTiles:
     backward_keys: likewise.
     backward_held: queries of one head in VMEM, and keys of one call.
     decode_keys: latents in a step of `mla_decode`.
-    decode_splits: parts of the cache that `mla_decode` attends to side by side;
-      more than one only where two cores make one device.
+    decode_splits: cores of a device: parts of the cache that `mla_decode`
+      attends to side by side, unless its rows divide among them.
     vmem_bytes: that a kernel may take.
   """
 
@@ -63,10 +63,10 @@ class TpuTiles:
 
 _MIB = 2**20
 _TPU = {
-  "v5e": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 1, 96 * _MIB),
-  "v5p": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 2, 48 * _MIB),
-  "v6e": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 1, 96 * _MIB),
-  "tpu7x": TpuTiles(512, 512, 8192, 512, 512, 8192, 1024, 1, 48 * _MIB),
+  "v5e": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 1024, 1, 96 * _MIB),
+  "v5p": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 1024, 2, 48 * _MIB),
+  "v6e": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 1024, 1, 96 * _MIB),
+  "tpu7x": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 1024, 1, 48 * _MIB),
 }
 
 
