@@ -6,8 +6,7 @@ compiles each choice of tiles ahead of time for one chip, which takes libtpu
 (`pip install 'rlm[tpu]'`) and no TPU, counts the bundles of its loops and how
 often they turn for one head of causal attention at the published sizes, and
 prints the choices by predicted cycles. The best go into
-rlm/kernels/mla_attention/tiles.py. Waits for memory are not in the cycles: the
-last column is the bytes that a head moves.
+rlm/kernels/mla_attention/tiles.py. Waits for memory are not in the cycles.
 """
 
 import dataclasses

@@ -35,7 +35,8 @@ gradient by rows and its gradient by matrices:
 - tokamax runs on one of the two cores of a v4 or v5p; with one core it is
   megablox. The tiles that it chooses by itself are of 128 x 128 x 128 for sizes
   outside of its list, in which these are not: 16 GB in place of 4.8. It looks
-  for a TPU in this machine, so that it cannot be compiled ahead of time.
+  for a TPU in this machine, so that it cannot be compiled ahead of time: its
+  milliseconds were taken with that check patched out.
 
 **GPU.** Unmeasured. `tokamax` chooses among its Mosaic and Triton kernels.
 

@@ -4,6 +4,7 @@ import flax
 import jax
 import jax.numpy as jnp
 
+from rlm.kernels.backend import backend
 from rlm.models.config import ModelConfig
 
 
@@ -70,6 +71,14 @@ class TokenCache:
       layers=tuple(map(choose, self.layers, other.layers)),
       lengths=jnp.where(taken, other.lengths[source], self.lengths),
     )
+
+
+def room_for(tokens: int) -> int:
+  """The capacity of a cache for so many tokens in each row.
+
+  Kernels read whole tiles of 128 tokens; what a row does not use is never seen.
+  """
+  return tokens if backend() == "cpu" else -(-tokens // 128) * 128
 
 
 def write_entry(layer: jax.Array, entry: jax.Array, at: jax.Array) -> jax.Array:

@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlm.models.cache import room_for
 from rlm.models.layout import make_layout
 from rlm.models.transformer import Transformer
 from rlm.parallel.config import MeshConfig
@@ -121,11 +122,12 @@ class Sampler:
     mesh.check_decodes("sampling_mesh")
     if steps_per_call is not None and steps_per_call < 1:
       raise ValueError(f"{steps_per_call=} must be at least 1.")
-    self.capacity = prompt_length + sampling.max_new_tokens
-    if self.capacity > c.max_position_embeddings:
+    longest = prompt_length + sampling.max_new_tokens
+    self.capacity = room_for(longest)
+    if longest > c.max_position_embeddings:
       raise ValueError(
         f"{prompt_length=} and max_new_tokens={sampling.max_new_tokens} need"
-        f" {self.capacity} positions; the model has max_position_embeddings="
+        f" {longest} positions; the model has max_position_embeddings="
         f"{c.max_position_embeddings}. Lower one of the first two."
       )
     chunk = c.attention_chunk

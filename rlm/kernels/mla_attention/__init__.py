@@ -10,8 +10,10 @@ parts of one softmax computed apart join exactly (`join_parts`).
 | expanded.py, absorbed.py | the two front doors |
 | reference.py | plain jnp: the definition of both |
 | xla.py | the forms that XLA runs best |
+| choice.py | which implementation a front door takes |
 | caches.py | float8 latents, pages |
-| visible.py, flash.py | which tiles meet; what the backward passes share |
+| parts.py | parts of one softmax, joined |
+| visible.py, visits.py | which tiles meet; which ones decode visits |
 | tpu_*.py | Pallas kernels for TPU |
 | gpu_*.py | Pallas kernels for GPU |
 | tiles.py | tile sizes by chip |

@@ -26,8 +26,8 @@ def mla_attention(
 ) -> tuple[jax.Array, jax.Array]:
   """Expanded latent attention, forward and backward; V3 eq. 10.
 
-  A query sees the keys of its own segment up to its own position. The rope key
-  is neither copied for the heads nor joined to the other part.
+  A query sees the keys of its own segment up to its own position. In kernels
+  the rope key is neither copied for the heads nor joined to the other part.
 
   Args:
     q_nope: [B, T, N, H].
@@ -62,7 +62,9 @@ def mla_attention(
   name = choose(
     "mla_attention",
     implementation,
-    lambda kernel: kernels[kernel].attention_obstacle(*operands, selected),
+    lambda kernel: kernels[kernel].attention_obstacle(
+      *operands, selected, scale
+    ),
   )
   if name == "reference":
     return mla_attention_reference(*operands, *places, selected, scale=scale)

@@ -26,6 +26,7 @@ def attention_obstacle(
   k_rope: jax.Array,
   v: jax.Array,
   selected: jax.Array | None,
+  scale: float,
 ) -> str | None:
   """Why `attention` cannot run these operands, or None."""
   tiles = gpu_tiles()
@@ -33,6 +34,11 @@ def attention_obstacle(
     return (
       f"the chip is {chip()!r}; its instructions are those of Hopper, an H100,"
       " H200, H800, H20 or GH200"
+    )
+  if scale <= 0:
+    return (
+      f"{scale=}; it finds the greatest score before it scales it, which takes"
+      " a positive one"
     )
   if selected is not None:
     return "`selected` needs a mask of [B, T, S], which the kernel never makes"
@@ -89,15 +95,7 @@ def attention(
   """`mla_attention` by kernels, forward and backward; its arguments.
 
   Lengths are padded to whole tiles; whole tiles are read where they lie.
-
-  Raises:
-    ValueError: `scale` is not positive.
   """
-  if scale <= 0:
-    raise ValueError(
-      f"{scale=}: the kernel finds the greatest score before it scales it, so"
-      ' `scale` must be positive. Negate the queries, or take "xla".'
-    )
   tiles = gpu_tiles()
   assert tiles is not None  # else `attention_obstacle` had one
   t = q_nope.shape[1]

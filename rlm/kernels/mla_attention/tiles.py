@@ -1,4 +1,10 @@
-"""Tile sizes of the kernels, by chip; found by `tools/search_tiles.py`."""
+"""Tile sizes of the kernels, by chip.
+
+A TPU's are those that `tools/search_tiles.py` finds best, as docs/kernels.md
+tells, but for the backward pass and decode of v6e and tpu7x, which are v5p's.
+Hopper's follow from registers and shared memory, by hand: `tools/bench_mla.py
+--gpu` has not been run yet.
+"""
 
 import contextlib
 import dataclasses

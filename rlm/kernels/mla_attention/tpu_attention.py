@@ -19,6 +19,7 @@ def attention_obstacle(
   k_rope: jax.Array,
   v: jax.Array,
   selected: jax.Array | None,
+  scale: float,
 ) -> str | None:
   """Why `attention` cannot run these operands, or None."""
   if tpu_tiles() is None:
@@ -54,7 +55,7 @@ def attention(
   assert tiles is not None  # else `attention_obstacle` had one
   t, s = q_nope.shape[1], k_nope.shape[1]
   q_cut = cut(t, tiles.forward_queries, t)
-  kv_cut = cut(s, tiles.forward_keys, tiles.forward_held)
+  kv_cut = cut(s, tiles.forward_keys, _held(tiles.forward_held, k_nope))
 
   def lead(x, length, axis):  # [B, L, N, H] -> [B, N, L, H] or [B, N, H, L]
     x = _pad(x, 1, length)
@@ -72,6 +73,11 @@ def attention(
     tiles,
   )
   return out[:, :, :t].swapaxes(1, 2), lse[:, :, :t]
+
+
+def _held(tokens: int, x: jax.Array) -> int:
+  """Tokens that VMEM holds: half as many in float32."""
+  return tokens * 2 // x.dtype.itemsize
 
 
 def _pad(x, axis, length):
@@ -98,7 +104,9 @@ def _forward(operands, scale, tiles, *, rest):
     *operands,
     scale=scale,
     q_cut=cut(q_nope.shape[2], tiles.forward_queries, q_nope.shape[2]),
-    kv_cut=cut(k_nope.shape[2], tiles.forward_keys, tiles.forward_held),
+    kv_cut=cut(
+      k_nope.shape[2], tiles.forward_keys, _held(tiles.forward_held, k_nope)
+    ),
     vmem_bytes=tiles.vmem_bytes,
     rest=rest,
   )
@@ -131,7 +139,7 @@ def _flash_bwd(scale: float, tiles: TpuTiles, residuals, cotangents):
   inverse = jnp.where(seen, 1 / jnp.where(seen, total, 1.0), 0.0)
   softmax = jnp.stack([top, inverse, delta], axis=2)
 
-  held = tiles.backward_held
+  held = _held(tiles.backward_held, q_nope)
   queries = _Spans(q_nope.shape[2], tiles.backward_queries, held)
   keys = _Spans(k_nope.shape[2], tiles.backward_keys, held)
   one_call = queries.count == keys.count == 1
@@ -143,6 +151,8 @@ def _flash_bwd(scale: float, tiles: TpuTiles, residuals, cotangents):
     # Sums over several calls are rounded once, at their end.
     out_dtype=q_nope.dtype if one_call else jnp.float32,
     vmem_bytes=tiles.vmem_bytes,
+    pairs=tpu_forward.pairs_seen(q_nope.shape[2], k_nope.shape[2])
+    // (queries.count * keys.count),
   )
   of_queries = (
     queries.split(q_nope, 2),

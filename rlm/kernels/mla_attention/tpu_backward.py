@@ -23,9 +23,9 @@ from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
 from rlm.kernels.mla_attention.tiles import Cut
 from rlm.kernels.mla_attention.tpu_forward import (
+  bytes_of,
   column,
   estimate,
-  pairs_seen,
 )
 from rlm.kernels.mla_attention.visible import (
   hull,
@@ -145,6 +145,7 @@ def backward(
   kv_cut: Cut,
   out_dtype: Any,
   vmem_bytes: int,
+  pairs: int,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Gradients of what `tpu_forward.forward` takes, for T that VMEM holds.
 
@@ -165,6 +166,7 @@ def backward(
     kv_cut: S in tiles.
     out_dtype: of the gradients.
     vmem_bytes: that the kernel may take.
+    pairs: of queries and keys of a head that see each other, reckoned.
 
   Returns:
     dq_nope, dq_rope, dk_nope, dk_rope and dv, of the shapes of their operands;
@@ -243,9 +245,9 @@ def backward(
       vmem_limit_bytes=vmem_bytes,
     ),
     cost_estimate=estimate(
-      b * n * pairs_seen(t, s),
+      b * n * pairs,
       flops=2 * (3 * h_nope + 3 * h_rope + 2 * h_v),
-      arrays=(*operands, *out_shape),
+      bytes_accessed=bytes_of(*operands, *out_shape),
     ),
     interpret=interpretation(),
     name="mla_attention_backward",

@@ -20,7 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
 from rlm.kernels.mla_attention.caches import GROUP
-from rlm.kernels.mla_attention.tpu_forward import LANES, estimate
+from rlm.kernels.mla_attention.tpu_forward import LANES, bytes_of, estimate
 from rlm.kernels.product import ROWS_BY_COLUMNS, ROWS_BY_ROWS, contract
 
 
@@ -250,7 +250,7 @@ def decode(
     cost_estimate=estimate(
       b * rows * tokens,
       flops=2 * (q.shape[2] + width),
-      arrays=(q, bits, *per_token, *out_shape),
+      bytes_accessed=bytes_of(q, bits, *per_token, *out_shape),
     ),
     interpret=interpretation(),
     name="mla_decode",

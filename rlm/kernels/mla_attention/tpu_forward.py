@@ -2,13 +2,16 @@
 
 Grid (B, N, tiles of queries, spans of keys). A span of keys and values of one
 head stays in VMEM while the queries pass by; the rope key, which all heads
-share, is read once a row. Inside a step a loop goes over the tiles of keys that
-the tile of queries may see, with the running maximum and sum of the softmax
-(arXiv:2205.14135). Queries are sublanes, keys are lanes. Rope parts come with
-their R numbers as sublanes, since a TPU pads 64 lanes to 128, in HBM too.
+share, is read once a row. Several spans come anew for each tile of queries.
+
+Inside a step a loop goes over the tiles of keys that the tile of queries may
+see, with the running maximum and sum of the softmax (arXiv:2205.14135). Queries
+are sublanes, keys are lanes. Rope parts come with their R numbers as sublanes,
+since a TPU pads 64 lanes to 128, in HBM too.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -170,6 +173,7 @@ def forward(
       lambda b, n, i, j, *refs: (b, 0, span_seen(b, i, j, *refs)),
     )
 
+  reads = spans_read(t // queries, s // span, t == s)
   operands = (q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places)
   out_shape = [
     jax.ShapeDtypeStruct((b, n, t, h_v), q_nope.dtype),
@@ -214,7 +218,10 @@ def forward(
     cost_estimate=estimate(
       b * n * pairs_seen(t, s),
       flops=2 * (h_nope + h_rope + h_v),
-      arrays=(*operands, *out_shape),
+      bytes_accessed=bytes_of(q_nope, q_rope, q_places, *out_shape)
+      + bytes_of(k_nope, v) * reads
+      # One span of them stays for all heads of a row.
+      + bytes_of(k_rope, kv_places) * (1 if s == span else n * reads),
     ),
     interpret=interpretation(),
     name="mla_attention_forward",
@@ -229,16 +236,33 @@ def pairs_seen(t: int, s: int) -> int:
   return t * (t + 1) // 2 if t == s else t * s
 
 
-def estimate(pairs: int, *, flops: int, arrays: tuple) -> pl.CostEstimate:
-  """For XLA's scheduler and our counts: every array passes HBM once.
+def spans_read(tiles: int, spans: int, causal: bool) -> float:
+  """How often all keys of a head pass HBM, of which VMEM holds a span.
+
+  One span stays while all tiles of queries pass; several come anew for each.
+  """
+  if spans == 1:
+    return 1.0
+  return tiles * (spans + 1) / (2 * spans) if causal else float(tiles)
+
+
+def estimate(
+  pairs: int, *, flops: int, bytes_accessed: float
+) -> pl.CostEstimate:
+  """For XLA's scheduler and our counts.
 
   Args:
     pairs: of queries and keys, over rows and heads.
     flops: of a pair.
-    arrays: read and written.
+    bytes_accessed: read and written in HBM.
   """
   return pl.CostEstimate(
     flops=pairs * flops,
     transcendentals=pairs,
-    bytes_accessed=sum(a.size * a.dtype.itemsize for a in arrays),
+    bytes_accessed=int(bytes_accessed),
   )
+
+
+def bytes_of(*arrays: jax.Array | jax.ShapeDtypeStruct) -> int:
+  """Of all of them, each once."""
+  return sum(math.prod(a.shape) * a.dtype.itemsize for a in arrays)

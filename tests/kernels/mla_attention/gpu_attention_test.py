@@ -92,5 +92,7 @@ def test_the_scale_must_be_positive():
   operands = [jnp.zeros(x.shape, x.dtype) for x in shapes()]
   places = [jnp.zeros((1, x), jnp.int32) for x in (5, 7, 5, 7)]
   with compiling_for("gpu", hopper.CHIP):
-    with pytest.raises(ValueError, match="scale=-0.1.*must be positive"):
+    with pytest.raises(
+      NotImplementedError, match="scale=-0.1; it finds.*positive"
+    ):
       mla_attention(*operands, *places, scale=-0.1, implementation="gpu")

@@ -48,6 +48,22 @@ def test_decode(implementation, name, dtype):
     cases.check(case.run(implementation, dtype), case, dtype)
 
 
+# Tokens of a step and of a page: several pages a step, the last step partly
+# filled; several tiles a page.
+STEPS = [(384, 128, "paged"), (512, 128, "paged float8"), (128, 256, "paged")]
+
+
+@pytest.mark.parametrize(("step", "page", "kind"), STEPS)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_steps_of_several_pages_and_pages_of_several_steps(
+  step, page, kind, splits
+):
+  case = cases.Decode((500, 1, 640), s=1024, kind=kind, page=page)
+  with cases.platform("tpu", decode_keys=step, decode_splits=splits):
+    got = case.run("tpu", jnp.float32)
+  cases.check(got, case, jnp.float32)
+
+
 STRICT = [
   ("packed rows of odd length", cases.ATTENTION),
   ("a part of the keys", cases.ATTENTION),

@@ -36,7 +36,8 @@ def compiled(function, operands, device):
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), operands
   )
   with compiling_for("tpu", device.device_kind):
-    return jax.jit(function).lower(*operands).compile()
+    # A function of its own, or jax takes the trace made for another chip.
+    return jax.jit(lambda *x: function(*x)).lower(*operands).compile()
 
 
 def estimates(program) -> dict[str, dict]:
@@ -56,42 +57,76 @@ def shape(*dims, dtype=jnp.bfloat16):
   return jax.ShapeDtypeStruct(dims, dtype)
 
 
+def operands(t, s, n, dtype=jnp.bfloat16):
+  """Of `mla_attention`, and places."""
+  arrays = (
+    shape(1, t, n, 128, dtype=dtype),
+    shape(1, t, n, 64, dtype=dtype),
+    shape(1, s, n, 128, dtype=dtype),
+    shape(1, s, 64, dtype=dtype),
+    shape(1, s, n, 128, dtype=dtype),
+  )
+  return arrays, [shape(1, x, dtype=jnp.int32) for x in (t, s, t, s)]
+
+
+def attend(arrays, places):
+  return mla_attention(*arrays, *places, scale=0.1, implementation="tpu")
+
+
+def gradients(arrays, places):
+  def loss(*arrays):
+    out, lse = attend(arrays, places)
+    return out.astype(jnp.float32).sum() + lse.sum()
+
+  return jax.grad(loss, argnums=tuple(range(5)))(*arrays)
+
+
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
 def test_attention_fits_and_states_its_bytes(heads, device):
   t, n = TOKENS, heads
-  operands = (
-    shape(1, t, n, 128),
-    shape(1, t, n, 64),
-    shape(1, t, n, 128),
-    shape(1, t, 64),
-    shape(1, t, n, 128),
-  )
-  places = [shape(1, t, dtype=jnp.int32)] * 4
-
-  def gradients(operands, places):
-    def loss(*x):
-      out, lse = mla_attention(*x, *places, scale=0.1, implementation="tpu")
-      return out.astype(jnp.float32).sum() + lse.sum()
-
-    return jax.grad(loss, argnums=tuple(range(5)))(*operands)
-
-  found = estimates(compiled(gradients, (operands, places), device))
   pairs = n * t * (t + 1) // 2
+  # Each number once: of a token and head q, k, v and out, of a token the rope
+  # key; a few more are places, and of a token and head maximum and sum.
+  least = 2 * (n * (192 + 128 + 128 + 128) + 64) * t
+  exact = least + (16 + 8 * n) * t
+  found = estimates(compiled(attend, operands(t, t, n), device))
+  assert found["mla_attention_forward"]["bytes_accessed"] == exact
+  assert exact <= 1.1 * least
+  found = estimates(compiled(gradients, operands(t, t, n), device))
   forward, backward = (
     found[f"mla_attention_{name}"] for name in ("forward", "backward")
   )
   assert forward["flops"] == pairs * 2 * (192 + 128)
   assert backward["flops"] == pairs * 2 * (3 * 192 + 2 * 128)
-  # Each number once: of a token and head q, k, v and out, of a token the rope
-  # key and places; then what the backward pass needs, of a token and head.
-  least = 2 * (n * (192 + 128 + 128 + 128) + 64) * t
-  exact = least + (16 + n * (2 * 128 + 8)) * t
-  assert forward["bytes_accessed"] == exact
+  # For its gradient, what rounding took from out as well: 22% more.
+  assert forward["bytes_accessed"] == exact + 2 * n * 128 * t
   least = 2 * (n * (2 * 192 + 4 * 128 + 128) + 64) * t
   groups = 2
   exact = least + (16 + 12 * n + groups * 4 * 64) * t
   assert backward["bytes_accessed"] == exact
   assert exact <= 1.1 * least
+
+
+def test_several_spans_of_keys_are_counted_as_often_as_they_come(device):
+  t, s, n = 8192, 32768, 16
+  stated = estimates(compiled(attend, operands(t, s, n), device))
+  tiles = 8192 // (
+    256 if device.device_kind in ("TPU v6 lite", "TPU7x") else 1024
+  )
+  queries = 2 * n * (192 + 128) * t + 8 * t + 8 * n * t
+  keys = n * tiles * (2 * (128 + 128 + 64) + 8) * s
+  assert stated["mla_attention_forward"]["bytes_accessed"] == queries + keys
+  stated = estimates(compiled(gradients, operands(t, s, n), device))
+  # Four calls, of a quarter of the pairs each.
+  flops = n * t * (s // 4) * 2 * (3 * 192 + 2 * 128)
+  assert stated["mla_attention_backward"]["flops"] == flops
+
+
+def test_float32_fits_too(device):
+  found = estimates(
+    compiled(gradients, operands(8192, 8192, 2, jnp.float32), device)
+  )
+  assert set(found) == {"mla_attention_forward", "mla_attention_backward"}
 
 
 def caches(kind, rows, s):
