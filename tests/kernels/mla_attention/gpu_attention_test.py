@@ -60,6 +60,7 @@ WIDTHS = (
 )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("widths", WIDTHS)
 def test_what_is_said_to_fit_fits(widths):
   # Lowering measures shared memory, and refuses what is over Hopper's.

@@ -16,6 +16,7 @@ from tests.kernels.mla_attention.gpu_forward_test import ALL
 SOME = cases.Attention(((200, 1, 49),), 120, 250)
 
 
+@pytest.mark.full
 def test_gradients():
   with hopper.interpreted():
     cases.check(SOME.run("gpu", jnp.bfloat16), SOME, jnp.bfloat16)
