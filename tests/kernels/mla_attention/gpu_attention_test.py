@@ -18,7 +18,7 @@ def shapes(h_nope=128, h_rope=64, h_v=128, dtype=jnp.bfloat16, v_dtype=None):
 
 def obstacle(*operands, selected=None, chip=hopper.CHIP):
   with compiling_for("gpu", chip):
-    return gpu_attention.attention_obstacle(*operands, selected)
+    return gpu_attention.attention_obstacle(*operands, selected, 0.1)
 
 
 @pytest.mark.parametrize(
