@@ -68,7 +68,14 @@ def check_interpreted(case, dtype):
   assert not interpret_pallas_call.get_races().races_found
 
 
-@pytest.mark.parametrize("name", SOME)
+@pytest.mark.parametrize(
+  "name",
+  [
+    "heads that fill no block",
+    pytest.param("parts", marks=pytest.mark.full),
+    pytest.param("pages of float8", marks=pytest.mark.full),
+  ],
+)
 def test_values(name, parts):
   case, number = SOME[name]
   parts(number)
