@@ -50,7 +50,11 @@ def _target(target: _Target) -> Iterator[None]:
 def compiling_for(
   platform: str, chip: str
 ) -> contextlib.AbstractContextManager:
-  """Within it, what is traced is made for `platform` and the device `chip`."""
+  """Within it, what is traced is made for `platform` and the device `chip`.
+
+  jax knows nothing of it: of a jitted function it takes the trace that it has.
+  Who compiles one function for two chips wraps it anew for each.
+  """
   return _target(_Target(platform, chip))
 
 

@@ -23,12 +23,13 @@ class Recipes:
 
   def __init__(self, folder: pathlib.Path):
     self.folder = folder
+    flags = os.environ.get("XLA_FLAGS", "")
     self.env = {
       **os.environ,
       "PYTHONPATH": str(self.root),
       "JAX_COMPILATION_CACHE_DIR": str(folder / "compilation_cache"),
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-      "XLA_FLAGS": "--xla_backend_optimization_level=0",
+      "XLA_FLAGS": f"{flags} --xla_backend_optimization_level=0",
     }
 
   def start(self, name: str, *faults: str, flags=(), prefix=()):

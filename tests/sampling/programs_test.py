@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rlm.checkpoint.int8 import quantize
+from rlm.kernels.backend import compiling_for
 from rlm.models.quantized import QUANTIZED, Int8Matrix
 from tests.parallel.mesh_models import mesh_model, mesh_variables
 from tests.sampling.tiny_sampler import (
@@ -17,7 +18,7 @@ from tests.sampling.tiny_sampler import (
   sharp_variables,
   take,
 )
-from tests.tiny_model import mesh_of
+from tests.tiny_model import mesh_of, tiny_model
 
 SMALL = dict(prompt_length=9, steps_per_call=3)
 
@@ -57,6 +58,18 @@ def test_one_compilation_serves_all_prompts_keys_and_weights(sizes):
     variables = jax.tree.map(lambda x: 0.9 * x, variables)
     sampler.generate(variables, *requests(count, seed=count))
   assert compiled == [program._cache_size() for program in sampler.programs]
+
+
+def test_for_a_tpu_a_sampler_of_any_length_decodes_by_the_kernel():
+  model, variables = tiny_model(dtype="bfloat16", kv_lora_rank=128)
+  with compiling_for("tpu", "TPU v5"):
+    sampler = make_sampler(model=model, **SMALL)
+    slots = jax.eval_shape(lambda: sampler.programs.start(16))
+    traced = sampler.programs.decode.trace(
+      variables, slots, jnp.int32(3), jnp.int32(1)
+    )
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert text.count('kernel_name = "mla_decode"') == 2  # one in each layer
 
 
 def test_logits_that_are_not_finite_are_seen_on_every_device():

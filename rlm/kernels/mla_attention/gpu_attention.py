@@ -1,20 +1,24 @@
 """`mla_attention` by the kernels for Hopper: whole tiles and the gradient."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
-from rlm.kernels.backend import chip
 from rlm.kernels.mla_attention.gpu_backward import backward
 from rlm.kernels.mla_attention.gpu_forward import forward
-from rlm.kernels.mla_attention.gpu_products import COMPUTING, ROWS
-from rlm.kernels.mla_attention.tiles import GpuTiles, gpu_tiles
+from rlm.kernels.mla_attention.gpu_products import (
+  COMPUTING,
+  ROWS,
+  SMEM_BYTES,
+  other_chip,
+)
+from rlm.kernels.mla_attention.tiles import GpuTiles, gpu_tiles, padded
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
 # A row of SMEM that the copy engine swizzles: 128 bytes.
 _WIDTH = 64
-_SMEM_BYTES = 227 * 1024
 # Barriers, sums across a warpgroup, and the rounding up of each buffer.
 _SPARE_BYTES = 8 * 1024
 
@@ -31,10 +35,7 @@ def attention_obstacle(
   """Why `attention` cannot run these operands, or None."""
   tiles = gpu_tiles()
   if tiles is None:
-    return (
-      f"the chip is {chip()!r}; its instructions are those of Hopper, an H100,"
-      " H200, H800, H20 or GH200"
-    )
+    return other_chip()
   if scale <= 0:
     return (
       f"{scale=}; it finds the greatest score before it scales it, which takes"
@@ -52,10 +53,10 @@ def attention_obstacle(
   if any(width == 0 or width % _WIDTH for width in (h_nope, h_rope, h_v)):
     return f"{widths}; it takes multiples of {_WIDTH}"
   most = max(_smem_bytes(h_nope, h_rope, h_v, tiles).values())
-  if most > _SMEM_BYTES:
+  if most > SMEM_BYTES:
     return (
       f"{widths}, whose tiles take {most} bytes of shared memory; there are"
-      f" {_SMEM_BYTES}"
+      f" {SMEM_BYTES}"
     )
   return None
 
@@ -98,14 +99,12 @@ def attention(
   """
   tiles = gpu_tiles()
   assert tiles is not None  # else `attention_obstacle` had one
-  t = q_nope.shape[1]
+  t, s = q_nope.shape[1], k_nope.shape[1]
   block = COMPUTING * ROWS
-  of_queries = functools.partial(
-    _pad, axis=1, tile=max(block, tiles.dk_queries)
-  )
-  of_keys = functools.partial(
-    _pad, axis=1, tile=max(block, tiles.forward_keys, tiles.dq_keys)
-  )
+  q_tile = math.lcm(block, tiles.dk_queries)
+  kv_tile = math.lcm(block, tiles.forward_keys, tiles.dq_keys)
+  of_queries = functools.partial(padded, axis=1, length=t + -t % q_tile)
+  of_keys = functools.partial(padded, axis=1, length=s + -s % kv_tile)
   out, lse = _flash(
     of_queries(q_nope),
     of_queries(q_rope),
@@ -118,16 +117,6 @@ def attention(
     tiles,
   )
   return out[:, :t], lse[:, :, :t]
-
-
-def _pad(x: jax.Array, axis: int, tile: int) -> jax.Array:
-  """Zeros at the end of an axis: padding tokens have segment 0."""
-  missing = -x.shape[axis] % tile
-  if not missing:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, missing)
-  return jnp.pad(x, widths)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))

@@ -40,14 +40,11 @@ import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from rlm.kernels.backend import interpretation
-from rlm.kernels.mla_attention.gpu_forward import (
-  LOG2_E,
-  masked_places,
-  visits,
-)
+from rlm.kernels.mla_attention.gpu_forward import masked_places, visits
 from rlm.kernels.mla_attention.gpu_gradients import dk_kernel, dq_kernel
 from rlm.kernels.mla_attention.gpu_products import (
   COMPUTING,
+  LOG2_E,
   ROWS,
   spare_memory,
 )

@@ -71,13 +71,16 @@ from rlm.kernels.mla_attention.gpu_decode_block import (
   scratch,
   smem_bytes,
 )
-from rlm.kernels.mla_attention.gpu_products import ROWS
+from rlm.kernels.mla_attention.gpu_products import (
+  ROWS,
+  SMEM_BYTES,
+  other_chip,
+)
 from rlm.kernels.mla_attention.parts import join_parts
 from rlm.kernels.mla_attention.tiles import GpuTiles, gpu_tiles
 from rlm.kernels.mla_attention.visits import visited_tiles
 
 _DTYPES = (jnp.bfloat16, jnp.float16)
-_SMEM_BYTES = 227 * 1024
 # Sums of 64 x 512 are all the registers that two warpgroups have to spare.
 _MOST_LATENTS = 512
 # Bits of a key's mask.
@@ -93,10 +96,7 @@ def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
   """Why `decode` cannot run these operands, or None."""
   tiles = gpu_tiles()
   if tiles is None:
-    return (
-      f"the chip is {chip()!r}; its instructions are those of Hopper, an H100,"
-      " H200, H800, H20 or GH200"
-    )
+    return other_chip()
   _, t, _, width = q.shape
   latents = _latents(kv)
   if isinstance(latents, Float8Latents):
@@ -122,10 +122,10 @@ def decode_obstacle(q: jax.Array, kv: Cache, kv_lora_rank: int) -> str | None:
     unit = "a page" if isinstance(kv, PagedLatents) else "a row of the cache"
     return f"{unit} has room for {room} tokens; it takes multiples of {KEYS}"
   taken = smem_bytes(_sizes(q, kv, kv_lora_rank, 1.0, tiles))
-  if taken > _SMEM_BYTES:
+  if taken > SMEM_BYTES:
     return (
       f"C and R are {kv_lora_rank} and {rope}, whose tiles take {taken} bytes"
-      f" of shared memory; there are {_SMEM_BYTES}"
+      f" of shared memory; there are {SMEM_BYTES}"
     )
   return None
 
@@ -175,7 +175,7 @@ def _sizes(
     scale=scale,
     float8=isinstance(_latents(kv), Float8Latents),
   )
-  while sizes.stages > 1 and smem_bytes(sizes) > _SMEM_BYTES:
+  while sizes.stages > 1 and smem_bytes(sizes) > SMEM_BYTES:
     sizes = dataclasses.replace(sizes, stages=sizes.stages - 1)
   return sizes
 

@@ -28,13 +28,12 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
 from rlm.kernels.mla_attention.caches import GROUP
-from rlm.kernels.mla_attention.gpu_products import ROWS
+from rlm.kernels.mla_attention.gpu_products import LOG2_E, ROWS
 
 # Tokens of a tile: a row of 128 bytes, which the copy engine swizzles.
 KEYS = 64
 # Of the latents, what one product takes; and of a float8 tile, one conversion.
 SLAB = 64
-LOG2_E = 1.4426950408889634
 # The running maximum starts far above MASKED, so that in a row that sees
 # nothing a masked score weighs exp2(-5e29) = 0, and far below any score.
 LOWEST = MASKED / 2

@@ -23,7 +23,6 @@ values that it sees; a mask of them is two integers a key.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -36,6 +35,7 @@ from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
 from rlm.kernels.mla_attention.gpu_products import (
   COMPUTING,
+  LOG2_E,
   ROWS,
   multiply,
   multiply_turned,
@@ -48,7 +48,6 @@ from rlm.kernels.mla_attention.visible import (
   tiles_that_meet,
 )
 
-LOG2_E = math.log2(math.e)
 _INT = jnp.iinfo(jnp.int32)
 
 

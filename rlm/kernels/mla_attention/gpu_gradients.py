@@ -7,13 +7,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rlm.kernels.mla_attention.gpu_forward import (
-  LOG2_E,
-  drain,
-  seen,
-)
+from rlm.kernels.mla_attention.gpu_forward import drain, seen
 from rlm.kernels.mla_attention.gpu_products import (
   COMPUTING,
+  LOG2_E,
   ROWS,
   multiply,
   multiply_turned,

@@ -7,16 +7,29 @@ memory, and that of jax 0.10 knows no turned one; so where kernels are
 interpreted, and only there, such operands go through spare memory first.
 """
 
+import math
 from typing import Any
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from rlm.kernels.backend import interpretation
+from rlm.kernels.backend import chip, interpretation
 
 # Warpgroups of a block that compute, and the rows that each has in a product.
 COMPUTING = 2
 ROWS = 64
+# Shared memory that a block may take.
+SMEM_BYTES = 227 * 1024
+# Exponentials are taken of 2, which has an instruction.
+LOG2_E = math.log2(math.e)
+
+
+def other_chip() -> str:
+  """What to say where the chip is no Hopper."""
+  return (
+    f"the chip is {chip()!r}; its instructions are those of Hopper, an H100,"
+    " H200, H800, H20 or GH200"
+  )
 
 
 def spare_memory(

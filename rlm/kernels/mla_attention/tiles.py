@@ -1,4 +1,4 @@
-"""Tile sizes of the kernels, by chip.
+"""Tile sizes of the kernels, by chip, and lengths cut into them.
 
 A TPU's are those that `tools/search_tiles.py` finds best, as docs/kernels.md
 tells, but for the backward pass and decode of v6e and tpu7x, which are v5p's.
@@ -9,6 +9,9 @@ Hopper's follow from registers and shared memory, by hand: `tools/bench_mla.py
 import contextlib
 import dataclasses
 from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
 
 from rlm.hardware import chip_of_device_kind
 from rlm.kernels.backend import chip
@@ -39,6 +42,15 @@ def cut(length: int, tile: int, held: int) -> Cut:
   return Cut(lanes, lanes * tiles, lanes * tiles * runs)
 
 
+def padded(x: jax.Array, axis: int, length: int) -> jax.Array:
+  """Zeros at the end of an axis: padding tokens have segment 0."""
+  if x.shape[axis] == length:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, length - x.shape[axis])
+  return jnp.pad(x, widths)
+
+
 @dataclasses.dataclass(frozen=True)
 class TpuTiles:
   """What one step of a TPU's kernels takes, in tokens.
@@ -51,6 +63,8 @@ class TpuTiles:
     backward_keys: likewise.
     backward_held: queries of one head in VMEM, and keys of one call.
     decode_keys: latents in a step of `mla_decode`.
+    decode_rows: heads of query tokens in a product there, at most; half as many
+      in float32.
     decode_splits: cores of a device: parts of the cache that `mla_decode`
       attends to side by side, unless its rows divide among them.
     vmem_bytes: that a kernel may take.
@@ -63,16 +77,17 @@ class TpuTiles:
   backward_keys: int
   backward_held: int
   decode_keys: int
+  decode_rows: int
   decode_splits: int
   vmem_bytes: int
 
 
 _MIB = 2**20
 _TPU = {
-  "v5e": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 2048, 1, 96 * _MIB),
-  "v5p": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 2048, 2, 48 * _MIB),
-  "v6e": TpuTiles(256, 1024, 8192, 512, 512, 8192, 2048, 1, 96 * _MIB),
-  "tpu7x": TpuTiles(256, 1024, 8192, 512, 512, 8192, 2048, 1, 48 * _MIB),
+  "v5e": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 2048, 1024, 1, 96 * _MIB),
+  "v5p": TpuTiles(1024, 1024, 8192, 512, 512, 8192, 2048, 1024, 2, 48 * _MIB),
+  "v6e": TpuTiles(256, 1024, 8192, 512, 512, 8192, 2048, 1024, 1, 96 * _MIB),
+  "tpu7x": TpuTiles(256, 1024, 8192, 512, 512, 8192, 2048, 1024, 1, 48 * _MIB),
 }
 
 

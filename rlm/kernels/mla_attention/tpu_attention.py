@@ -7,7 +7,13 @@ import jax.numpy as jnp
 
 from rlm.kernels.backend import chip
 from rlm.kernels.mla_attention import tpu_backward, tpu_forward
-from rlm.kernels.mla_attention.tiles import TpuTiles, cut, tpu_tiles
+from rlm.kernels.mla_attention.rounding import restored
+from rlm.kernels.mla_attention.tiles import (
+  TpuTiles,
+  cut,
+  padded,
+  tpu_tiles,
+)
 
 _DTYPES = (jnp.bfloat16, jnp.float32)
 
@@ -54,11 +60,11 @@ def attention(
   tiles = tpu_tiles()
   assert tiles is not None  # else `attention_obstacle` had one
   t, s = q_nope.shape[1], k_nope.shape[1]
-  q_cut = cut(t, tiles.forward_queries, t)
+  q_cut = _q_cut(t, tiles)
   kv_cut = cut(s, tiles.forward_keys, _held(tiles.forward_held, k_nope))
 
   def lead(x, length, axis):  # [B, L, N, H] -> [B, N, L, H] or [B, N, H, L]
-    x = _pad(x, 1, length)
+    x = padded(x, 1, length)
     return jnp.moveaxis(x, 1, axis)
 
   out, lse = _flash(
@@ -67,8 +73,8 @@ def attention(
     lead(k_nope, kv_cut.padded, 2),
     lead(k_rope, kv_cut.padded, 2),
     lead(v, kv_cut.padded, 2),
-    _pad(jnp.stack([q_positions, q_segment_ids], 1), 2, q_cut.padded),
-    _pad(jnp.stack([kv_positions, kv_segment_ids], 1), 2, kv_cut.padded),
+    padded(jnp.stack([q_positions, q_segment_ids], 1), 2, q_cut.padded),
+    padded(jnp.stack([kv_positions, kv_segment_ids], 1), 2, kv_cut.padded),
     scale,
     tiles,
   )
@@ -80,35 +86,30 @@ def _held(tokens: int, x: jax.Array) -> int:
   return tokens * 2 // x.dtype.itemsize
 
 
-def _pad(x, axis, length):
-  """Zeros at the end of an axis: padding tokens have segment 0."""
-  if x.shape[axis] == length:
-    return x
-  widths = [(0, 0)] * x.ndim
-  widths[axis] = (0, length - x.shape[axis])
-  return jnp.pad(x, widths)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(7, 8))
 def _flash(
   q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places, scale, tiles
 ):
   operands = (q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places)
-  out, softmax = _forward(operands, scale, tiles, rest=False)
+  out, softmax = _forward(operands, scale, tiles, keep_lost=False)
   return out, _log_sum_exp(softmax)
 
 
-def _forward(operands, scale, tiles, *, rest):
+def _q_cut(length, tiles):
+  return cut(length, tiles.forward_queries, length)
+
+
+def _forward(operands, scale, tiles, *, keep_lost):
   q_nope, k_nope = operands[0], operands[2]
   return tpu_forward.forward(
     *operands,
     scale=scale,
-    q_cut=cut(q_nope.shape[2], tiles.forward_queries, q_nope.shape[2]),
+    q_cut=_q_cut(q_nope.shape[2], tiles),
     kv_cut=cut(
       k_nope.shape[2], tiles.forward_keys, _held(tiles.forward_held, k_nope)
     ),
     vmem_bytes=tiles.vmem_bytes,
-    rest=rest,
+    keep_lost=keep_lost,
   )
 
 
@@ -120,18 +121,18 @@ def _log_sum_exp(softmax):
 
 def _flash_fwd(*arguments):
   *operands, scale, tiles = arguments
-  out, softmax, rest = _forward(operands, scale, tiles, rest=True)
-  return (out, _log_sum_exp(softmax)), (*operands, out, rest, softmax)
+  rounded = operands[0].dtype == jnp.bfloat16
+  out, softmax, *lost = _forward(operands, scale, tiles, keep_lost=rounded)
+  return (out, _log_sum_exp(softmax)), (*operands, out, lost, softmax)
 
 
 def _flash_bwd(scale: float, tiles: TpuTiles, residuals, cotangents):
-  *operands, out, rest, softmax = residuals
+  *operands, out, lost, softmax = residuals
   q_nope, q_rope, k_nope, k_rope, v, q_places, kv_places = operands
   d_out, d_lse = cotangents
-  # Of `out` rounded, where one key has all the weight, delta would not cancel
-  # the gradient of that weight.
-  exact = out.astype(jnp.float32) + rest
-  delta = (d_out.astype(jnp.float32) * exact).sum(axis=-1) - d_lse
+  for each in lost:
+    out = restored(out, each, _q_cut(out.shape[2], tiles).tile)
+  delta = (d_out.astype(jnp.float32) * out).sum(axis=-1) - d_lse
   top, total = softmax[:, :, 0], softmax[:, :, 1]
   seen = total > 0
   # A query without keys has no gradient, whatever is asked of its lse, -inf.
@@ -227,7 +228,7 @@ class _Spans:
 
   def split(self, x: jax.Array, axis: int) -> jax.Array:
     """[.., length, ..] -> [runs, .., held, ..]."""
-    x = _pad(x, axis, self.cut.padded)
+    x = padded(x, axis, self.cut.padded)
     shape = (*x.shape[:axis], self.count, self.cut.held, *x.shape[axis + 1 :])
     return jnp.moveaxis(x.reshape(shape), axis, 0)
 

@@ -13,7 +13,7 @@ from rlm.kernels.mla_attention.caches import (
   shape_of,
 )
 from rlm.kernels.mla_attention.parts import join_parts
-from rlm.kernels.mla_attention.tiles import tpu_tiles
+from rlm.kernels.mla_attention.tiles import padded, tpu_tiles
 from rlm.kernels.mla_attention.tpu_forward import LANES
 from rlm.kernels.mla_attention.visits import visited_tiles
 
@@ -81,8 +81,9 @@ def decode(
   # Rows that divide among the cores need no parts, which cost float32 outputs.
   cores = tiles.decode_splits
   splits = 1 if b % cores == 0 else cores
+  rows, padding = _block(t * n, tiles.decode_rows * 2 // q.dtype.itemsize)
   out, lse = kernel.decode(
-    q.reshape(b, t * n, -1),
+    padded(q.reshape(b, t * n, -1), 1, t * n + padding),
     cache,
     bits,
     tile_ids,
@@ -94,14 +95,27 @@ def decode(
     tile=tile,
     tiles_per_step=max(min(tiles.decode_keys // tile, tile_ids.shape[1]), 1),
     splits=splits,
+    rows=rows,
     vmem_bytes=tiles.vmem_bytes,
   )
-  out = out.reshape(b, splits, t, n, -1)
-  lse = lse.reshape(b, splits, t, n).swapaxes(2, 3)
+  out = out[:, :, : t * n].reshape(b, splits, t, n, -1)
+  lse = lse[:, :, : t * n].reshape(b, splits, t, n).swapaxes(2, 3)
   if splits == 1:
     return out[:, 0], lse[:, 0]
   out, lse = join_parts(out.swapaxes(0, 1), lse.swapaxes(0, 1))
   return out.astype(q.dtype), lse
+
+
+def _block(rows: int, most: int) -> tuple[int, int]:
+  """Rows in each of few even blocks of up to `most`, and padding of the last.
+
+  A block of several is a multiple of 16 rows, a tile of 16 bits.
+  """
+  blocks = -(-rows // most)
+  if blocks == 1:
+    return rows, 0
+  block = -(-rows // (16 * blocks)) * 16
+  return block, block * blocks - rows
 
 
 def _tile(tokens: int, most: int) -> int:

@@ -1,11 +1,12 @@
 """Latent attention over the cache on a TPU.
 
-Grid (B, splits, steps). A step takes a few tiles of the cache from HBM, each
-once, and uses them as keys and as values: [W, tile] with tokens along lanes,
-which pads nothing. Only tiles that a query of the row sees are visited, by a
-list made before; a tile of a paged cache is a page, found through the list.
+Grid (B, splits, blocks, steps). A step takes a few tiles of the cache from HBM,
+each once, and uses them as keys and as values: [W, tile] with tokens along
+lanes, which pads nothing. Only tiles that a query of the row sees are visited,
+by a list made before, through which pages are found too.
 
-The rows of a product are all heads of all new tokens, T * N. The running
+The rows of a product are heads of new tokens, of all T * N where VMEM holds
+them: else a block of them, each of which reads the cache anew. The running
 maximum and sum of the softmax stay in VMEM from step to step.
 """
 
@@ -68,14 +69,15 @@ def _kernel(
 ):
   """Refs of one step.
 
-  Tables of tiles for the index maps (unused here); q [T * N, C + R]; then of
-  each tile its arrays and int32 [1, tile] bits, bit t of which says whether
-  query t sees the key; out [T * N, C] and lse float32 [T * N, 1] of a split;
-  scratch: top and total float32 [T * N, LANES], sum float32 [T * N, C].
+  Tables of tiles for the index maps (unused here); q [rows, C + R] of a block;
+  then of each tile its arrays and int32 [1, tile] bits, bit t of which says
+  whether query t sees the key; out [rows, C] and lse float32 [rows, 1] of a
+  split; scratch: top and total float32 [rows, LANES], sum float32 [rows, C].
   """
   _, _, q_ref, *cache_refs = refs[:-5]
   out_ref, lse_ref, top_ref, total_ref, sum_ref = refs[-5:]
-  row, split, step = pl.program_id(0), pl.program_id(1), pl.program_id(2)
+  row, split, step = pl.program_id(0), pl.program_id(1), pl.program_id(3)
+  first_row = pl.program_id(2) * q_ref.shape[0]
   score = _plain_scores if arrays == 1 else _float8_scores
   add = functools.partial(_plain_sum, width=width)
   if arrays > 1:
@@ -96,9 +98,9 @@ def _kernel(
   @pl.when((step < steps) & (first < counts_ref[row]))
   def visit():
     rows = q_ref.shape[0]
-    query = jax.lax.div(
-      jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0), heads
-    )
+    nth = jax.lax.broadcasted_iota(jnp.int32, (rows, 1), 0) + first_row
+    # Rows that pad the last block see nothing: bit 31 is never set.
+    query = jnp.minimum(jax.lax.div(nth, heads), 31)
     scores = []
     for i in range(tiles):
       *cache, bits_ref = cache_refs[i * (arrays + 1) :][: arrays + 1]
@@ -124,7 +126,7 @@ def _kernel(
     total_ref[...] = jnp.broadcast_to(total, total_ref.shape)
     sum_ref[...] = sums
 
-  @pl.when(step == pl.num_programs(2) - 1)
+  @pl.when(step == pl.num_programs(3) - 1)
   def finish():
     total = total_ref[:, :1]
     safe = jnp.where(total > 0, total, 1.0)
@@ -148,15 +150,17 @@ def decode(
   tile: int,
   tiles_per_step: int,
   splits: int,
+  rows: int,
   vmem_bytes: int,
 ) -> tuple[jax.Array, jax.Array]:
   """Attention of each split over the tiles that fall to it.
 
   Args:
-    q: [B, T * N, C + R], queries first, then heads.
+    q: [B, T * N, C + R], queries first, then heads; padded to whole blocks.
     cache: arrays of [rows or pages, ., tokens]: one of C + R, or latents,
       scales and rope keys of Float8Latents.
-    bits: int32 [B, 1, S], bit t says whether query t of the row sees a key.
+    bits: int32 [B, 1, S], bit t says whether query t of the row sees a key; bit
+      31 is 0.
     tile_ids: int32 [B, visits], of `visited_tiles`.
     places: int32 [B, visits]: row or page of `cache` times the tiles that one
       holds, plus the tile within it.
@@ -167,13 +171,14 @@ def decode(
     tile: tokens of a tile, a divisor of the tokens of a row or page.
     tiles_per_step: tiles taken at once.
     splits: parts of a row's visits, with results of their own.
+    rows: of q in a block, a divisor of T * N.
     vmem_bytes: that the kernel may take.
 
   Returns:
     out [B, splits, T * N, C], in the dtype of `q` for one split, else float32;
     lse float32 [B, splits, T * N].
   """
-  b, rows, _ = q.shape
+  b, all_rows, _ = q.shape
   visits = tile_ids.shape[1]
   held = cache[0].shape[2] // tile  # tiles of a row or page
   steps = pl.cdiv(pl.cdiv(visits, tiles_per_step), splits)
@@ -189,14 +194,14 @@ def decode(
     return jnp.minimum(at, visits - 1)
 
   def of_cache(array, i):
-    def index(b, split, step, counts, tile_ids, places):
+    def index(b, split, block, step, counts, tile_ids, places):
       place = places[b, visited(b, split, step, counts, i)]
       return jax.lax.div(place, held), 0, jax.lax.rem(place, held)
 
     return pl.BlockSpec((None, array.shape[1], tile), index)
 
   def of_bits(i):
-    def index(b, split, step, counts, tile_ids, places):
+    def index(b, split, block, step, counts, tile_ids, places):
       return b, 0, tile_ids[b, visited(b, split, step, counts, i)]
 
     return pl.BlockSpec((None, 1, tile), index)
@@ -206,16 +211,18 @@ def decode(
     specs += [of_cache(array, i) for array in cache] + [of_bits(i)]
     operands += [*cache, bits]
 
-  def of_split(*shape):
-    return pl.BlockSpec((None, None, *shape), lambda b, p, i, *_: (b, p, 0, 0))
+  def of_block(width):
+    return pl.BlockSpec(
+      (None, None, rows, width), lambda b, p, r, *_: (b, p, r, 0)
+    )
 
   out_dtype = q.dtype if splits == 1 else jnp.float32
   out_shape = (
-    jax.ShapeDtypeStruct((b, splits, rows, width), out_dtype),
-    jax.ShapeDtypeStruct((b, splits, rows, 1), jnp.float32),
+    jax.ShapeDtypeStruct((b, splits, all_rows, width), out_dtype),
+    jax.ShapeDtypeStruct((b, splits, all_rows, 1), jnp.float32),
   )
-  tokens = visits * tile
-  per_token = [
+  blocks, tokens = all_rows // rows, visits * tile
+  per_block = [
     jax.ShapeDtypeStruct((b, array.shape[1], tokens), array.dtype)
     for array in cache
   ]
@@ -230,12 +237,12 @@ def decode(
     ),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=3,
-      grid=(b, splits, steps),
+      grid=(b, splits, blocks, steps),
       in_specs=[
-        pl.BlockSpec((None, *q.shape[1:]), lambda b, *_: (b, 0, 0)),
+        pl.BlockSpec((None, rows, q.shape[2]), lambda b, p, r, *_: (b, r, 0)),
         *specs,
       ],
-      out_specs=[of_split(rows, width), of_split(rows, 1)],
+      out_specs=[of_block(width), of_block(1)],
       scratch_shapes=[
         pltpu.VMEM((rows, LANES), jnp.float32),
         pltpu.VMEM((rows, LANES), jnp.float32),
@@ -244,13 +251,14 @@ def decode(
     ),
     out_shape=out_shape,
     compiler_params=pltpu.CompilerParams(
-      dimension_semantics=("parallel", "parallel", "arbitrary"),
+      dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
       vmem_limit_bytes=vmem_bytes,
     ),
     cost_estimate=estimate(
-      b * rows * tokens,
+      b * all_rows * tokens,
       flops=2 * (q.shape[2] + width),
-      bytes_accessed=bytes_of(q, bits, *per_token, *out_shape),
+      bytes_accessed=bytes_of(q, *out_shape)
+      + blocks * bytes_of(bits, *per_block),
     ),
     interpret=interpretation(),
     name="mla_decode",

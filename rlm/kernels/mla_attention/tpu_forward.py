@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rlm.kernels.attention import MASKED
 from rlm.kernels.backend import interpretation
+from rlm.kernels.mla_attention.rounding import lost
 from rlm.kernels.mla_attention.tiles import Cut
 from rlm.kernels.mla_attention.visible import (
   hull,
@@ -48,11 +49,11 @@ def _kernel(
   kv_places_ref,  # int32 [2, span]
   out_ref,  # [queries, h]
   softmax_ref,  # float32 [2, queries]: maximum and sum
-  *refs,  # [queries, h]: what rounding took from out, if asked; and scratch
+  *refs,  # int8 [queries / 2, h]: what rounding took, if asked; and scratch
   scale: float,
   keys: int,
 ):
-  *rest_refs, q_rope_rows_ref, top_ref, total_ref, sum_ref = refs
+  *lost_refs, q_rope_rows_ref, top_ref, total_ref, sum_ref = refs
   row, query_tile, span = pl.program_id(0), pl.program_id(2), pl.program_id(3)
 
   @pl.when(span == 0)
@@ -98,8 +99,8 @@ def _kernel(
     exact = sum_ref[...] / jnp.where(total > 0, total, 1.0)
     out = exact.astype(out_ref.dtype)
     out_ref[...] = out
-    for ref in rest_refs:
-      ref[...] = (exact - out.astype(jnp.float32)).astype(ref.dtype)
+    for ref in lost_refs:
+      ref[...] = lost(exact, out)
     softmax_ref[0:1, :] = top_ref[...].T[:1, :]
     softmax_ref[1:2, :] = total_ref[...].T[:1, :]
 
@@ -117,7 +118,7 @@ def forward(
   q_cut: Cut,
   kv_cut: Cut,
   vmem_bytes: int,
-  rest: bool,
+  keep_lost: bool,
 ) -> list[jax.Array]:
   """Attention of whole tiles.
 
@@ -133,12 +134,13 @@ def forward(
     q_cut: T in tiles.
     kv_cut: S in tiles, and in spans that VMEM holds.
     vmem_bytes: that the kernel may take.
-    rest: whether `backward` will follow, which needs the last result.
+    keep_lost: whether to give the last result.
 
   Returns:
     out [B, N, T, h] in the dtype of `q_nope`; float32 [B, N, 2, T], the maximum
     of a query's scores and the sum of their exponentials relative to it, 0
-    where it sees no key; and, if asked, what rounding took from out, like it.
+    where it sees no key; and, if asked, int8 [B, N, T / 2, h], what `restored`
+    needs to take back the rounding of each tile of queries of bfloat16.
   """
   b, n, t, h_nope = q_nope.shape
   s, h_rope, h_v = k_nope.shape[2], q_rope.shape[2], v.shape[3]
@@ -179,7 +181,8 @@ def forward(
     jax.ShapeDtypeStruct((b, n, t, h_v), q_nope.dtype),
     jax.ShapeDtypeStruct((b, n, 2, t), jnp.float32),
   ]
-  out_shape += out_shape[:1] * rest
+  lost_shape = jax.ShapeDtypeStruct((b, n, t // 2, h_v), jnp.int8)
+  out_shape += [lost_shape] * keep_lost
   return pl.pallas_call(
     functools.partial(_kernel, scale=scale, keys=keys),
     grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -201,7 +204,12 @@ def forward(
         pl.BlockSpec(
           (None, None, 2, queries), lambda b, n, i, j, *_: (b, n, 0, i)
         ),
-        *[of_queries(h_v)] * rest,
+        *[
+          pl.BlockSpec(
+            (None, None, queries // 2, h_v), lambda b, n, i, j, *_: (b, n, i, 0)
+          )
+        ]
+        * keep_lost,
       ],
       scratch_shapes=[
         pltpu.VMEM((queries, h_rope), q_rope.dtype),

@@ -25,7 +25,7 @@ from rlm.kernels.mla_attention import (
 
 NOPE, ROPE, VALUE = 128, 64, 64
 # Tiles that cut short lengths into several, forward and backward.
-SMALL = tiles.TpuTiles(128, 128, 256, 128, 128, 256, 128, 1, 2**24)
+SMALL = tiles.TpuTiles(128, 128, 256, 128, 128, 256, 128, 64, 1, 2**24)
 # What a TPU runs into, an interpreter says: races, reads out of bounds (an
 # error) and reads of what was never written (NaN, in outputs too).
 STRICT = pltpu.InterpretParams(
@@ -245,6 +245,7 @@ DECODE = {
   "the second document": Decode((500, 130), segments=True),
   "huge logits": Decode((400,), size=8.0),
   "one row, many heads": Decode((512,), n=128),
+  "blocks of heads and tokens": Decode((2, 130, 256), t=3, n=23, s=256),
 }
 
 

@@ -18,7 +18,13 @@ S = jax.ShapeDtypeStruct
 
 @pytest.mark.parametrize(
   ("platform", "reason", "want"),
-  [("cpu", None, "xla"), ("tpu", None, "tpu"), ("tpu", "odd", "xla")],
+  [
+    ("cpu", None, "xla"),
+    ("tpu", None, "tpu"),
+    ("tpu", "odd", "xla"),
+    ("gpu", None, "gpu"),
+    ("gpu", "odd", "xla"),
+  ],
 )
 def test_none_takes_the_kernel_of_the_platform(platform, reason, want):
   with compiling_for(platform, "some chip"):

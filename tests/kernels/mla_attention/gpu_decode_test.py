@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
 
 from rlm.kernels.backend import compiling_for
 from rlm.kernels.mla_attention import (
@@ -65,7 +64,6 @@ def check_interpreted(case, dtype):
   with hopper.interpreted():
     got = case.run("gpu", dtype)
   cases.check(got, case, dtype)
-  assert not interpret_pallas_call.get_races().races_found
 
 
 @pytest.mark.parametrize(
@@ -96,6 +94,14 @@ def test_values_of_all_cases(name, dtype, parts):
 def test_values_on_a_gpu(name, dtype):
   case = SOME[name][0] if name in SOME else ALL[name]
   cases.check(case.run("gpu", dtype), case, dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ("plain", "paged", "float8"))
+def test_a_batch_of_512_on_a_gpu(kind):
+  lengths = np.random.default_rng(3).integers(0, 513, 512)
+  case = Case(tuple(lengths.tolist()), kind=kind)
+  cases.check(case.run("gpu", jnp.bfloat16), case, jnp.bfloat16)
 
 
 def shapes(b, t, n, s, *, c=512, r=64, page=0, float8=False, dtype="bfloat16"):
@@ -138,7 +144,7 @@ def test_shared_memory_is_foretold(rope, float8, monkeypatch):
   with compiling_for("gpu", hopper.CHIP):
     fits = gpu_decode._sizes(*operands[:2], 512, 0.1, gpu_tiles())
     assert fits.stages == 2
-    monkeypatch.setattr(gpu_decode, "_SMEM_BYTES", 2**30)
+    monkeypatch.setattr(gpu_decode, "SMEM_BYTES", 2**30)
     most = gpu_decode._sizes(*operands[:2], 512, 0.1, gpu_tiles())
   assert most.stages == 4
   taken = gpu_decode.smem_bytes(most)

@@ -2,9 +2,14 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+from jax._src.pallas.mosaic_gpu.interpret.gpu_callbacks import (
+  RaceDetectionState,
+)
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import AbstractMesh, AxisType
 
@@ -46,9 +51,25 @@ def published(model: str, b: int, t: int, s: int) -> tuple:
   )
 
 
-def interpreted() -> contextlib.AbstractContextManager:
-  """Within it, kernels for GPUs are traced to be interpreted as on an H200."""
-  return interpreting("gpu", CHIP, _strict())
+@contextlib.contextmanager
+def interpreted() -> Iterator[None]:
+  """Within it, kernels for GPUs are interpreted as on an H200.
+
+  Raises:
+    AssertionError: at its end, where one of them had a race, or none ran.
+  """
+  found: list[RaceDetectionState] = []
+
+  def remembered(**arguments):
+    found.append(RaceDetectionState(**arguments))
+    return found[-1]
+
+  with (
+    interpreting("gpu", CHIP, _strict()),
+    mock.patch.object(gpu_callbacks, "RaceDetectionState", remembered),
+  ):
+    yield
+  assert found and not any(races.races_found for races in found)
 
 
 @contextlib.contextmanager
