@@ -2,6 +2,7 @@ r"""What latent attention costs, beside what bounds it and what others need.
 
   python -m tools.bench_mla --output=mla.json
   python -m tools.bench_mla --gpu --output=mla.json
+  python -m tools.bench_mla --gpu --tiles --output=tiles.json
 
 Every case in milliseconds (median of --rounds), for every implementation of the
 front doors and for attention as others offer it (`tools/mla_rivals`); beside
@@ -20,7 +21,9 @@ until --minutes are over. It works in a process that is started again when a
 kernel hangs or takes the device down; --output is written after every figure,
 and what is already in it is not measured again. A backward pass is the
 difference between training and forward. Small caches change from call to call,
-or would be read from L2; the smallest stay there, and say so.
+or would be read from L2; the smallest stay there, and say so. --tiles: choices
+of our kernels' tiles in the place of other ways, for
+rlm/kernels/mla_attention/tiles.py.
 """
 
 import argparse
@@ -46,6 +49,7 @@ from tools.mla_figures import (
   time_case,
 )
 from tools.mla_on_gpu import on_gpu
+from tools.mla_tile_cases import small_tile_cases, tile_cases
 
 
 def on_cpu(
@@ -115,12 +119,15 @@ def main(argv: list[str] | None = None) -> int:
   )
   add = parser.add_argument
   add("--gpu", action="store_true", help="check, then time on this GPU")
+  add("--tiles", action="store_true", help="with --gpu, choices of tiles")
   add("--only", default="", help="regular expression that CASE | WAY matches")
   add("--rounds", type=int, default=7)
   add("--minutes", type=float, default=8, help="that --gpu may take")
   add("--output", help="JSON file")
   add("--until", type=float, help=argparse.SUPPRESS)  # of --gpu's own process
   a = parser.parse_args(argv)
+  if a.tiles and not a.gpu:
+    parser.error("--tiles are of GPU kernels; give --gpu too")
   if not a.gpu:
     journal = Journal(a.output)
     on_cpu(CPU_CASES, journal, rounds=a.rounds, only=a.only)
@@ -133,6 +140,7 @@ def main(argv: list[str] | None = None) -> int:
         "tools.bench_mla",
         [
           "--gpu",
+          *["--tiles"] * a.tiles,
           f"--only={a.only}",
           f"--rounds={a.rounds}",
           f"--output={output}",
@@ -153,8 +161,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     return REFUSED
   on_gpu(
-    check_cases((LITE, V3)),
-    gpu_cases(),
+    small_tile_cases() if a.tiles else check_cases((LITE, V3)),
+    tile_cases() if a.tiles else gpu_cases(),
     Journal(a.output, resume=True),
     rounds=a.rounds,
     only=a.only,

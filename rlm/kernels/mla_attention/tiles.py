@@ -3,7 +3,7 @@
 A TPU's are those that `tools/search_tiles.py` finds best, as docs/kernels.md
 tells, but for the backward pass and decode of v6e and tpu7x, which are v5p's.
 Hopper's follow from registers and shared memory, by hand: `tools/bench_mla.py
---gpu` has not been run yet.
+--gpu --tiles`, which times choices of them, has not been run yet.
 """
 
 import contextlib
@@ -91,22 +91,9 @@ _TPU = {
 }
 
 
-_tried: list[TpuTiles] = []
-
-
-@contextlib.contextmanager
-def trying(tiles: TpuTiles) -> Iterator[None]:
-  """Within it, kernels are traced with these tiles: a search, or a test."""
-  _tried.append(tiles)
-  try:
-    yield
-  finally:
-    _tried.pop()
-
-
 def tpu_tiles() -> TpuTiles | None:
   """Tiles of the chip that programs are made for; None for one unknown."""
-  if _tried:
+  if _tried and isinstance(_tried[-1], TpuTiles):
     return _tried[-1]
   known = chip_of_device_kind(chip())
   return _TPU.get(known.name) if known else None
@@ -151,4 +138,19 @@ def gpu_tiles() -> GpuTiles | None:
 
   Device kinds say more than the chip, as "NVIDIA GH200 480GB".
   """
+  if _tried and isinstance(_tried[-1], GpuTiles):
+    return _tried[-1]
   return next((t for name, t in _GPU.items() if name in chip()), None)
+
+
+_tried: list[TpuTiles | GpuTiles] = []
+
+
+@contextlib.contextmanager
+def trying(tiles: TpuTiles | GpuTiles) -> Iterator[None]:
+  """Within it, kernels are traced with these tiles: a search, or a test."""
+  _tried.append(tiles)
+  try:
+    yield
+  finally:
+    _tried.pop()

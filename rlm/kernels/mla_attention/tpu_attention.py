@@ -212,7 +212,8 @@ def _in_many_calls(run, of_queries, of_keys):
 
     start = zeros(of_queries[:2], 1)
     d_queries, more = jax.lax.scan(of_key_span, start, of_keys)
-    return jax.tree.map(jnp.add, d_keys, more), d_queries
+    finished = tuple(x.astype(queries[0].dtype) for x in d_queries)
+    return jax.tree.map(jnp.add, d_keys, more), finished
 
   start = zeros(of_keys[:3], 0)
   d_keys, d_queries = jax.lax.scan(of_query_span, start, of_queries)
