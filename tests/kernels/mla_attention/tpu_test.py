@@ -169,6 +169,27 @@ def test_decode_fits_and_states_its_bytes(heads, kind, device):
   assert temporary < rows * s * token / 8 + 2**22
 
 
+@pytest.mark.parametrize(
+  ("dtype", "t", "blocks"), [(jnp.bfloat16, 31, 4), (jnp.float32, 5, 2)]
+)
+def test_many_queries_of_v3_are_blocks_that_fit(dtype, t, blocks, device):
+  s, itemsize = 4096, jnp.dtype(dtype).itemsize
+  places = [shape(2, x, dtype=jnp.int32) for x in (t, s, t, s)]
+
+  def decode(q, cache, places):
+    return mla_decode(
+      q, cache, *places, kv_lora_rank=512, scale=0.1, implementation="tpu"
+    )
+
+  q = shape(2, t, 128, 576, dtype=dtype)
+  cache = shape(2, 576, s, dtype=dtype)
+  program = compiled(decode, (q, cache, places), device)
+  stated = estimates(program)["mla_decode"]["bytes_accessed"]
+  vectors = 2 * t * 128 * (576 + 512) * itemsize
+  least = vectors + blocks * 2 * s * 576 * itemsize
+  assert least <= stated <= 1.05 * least
+
+
 def test_the_largest_context_of_v3_compiles(device):
   s = 131072
   places = [shape(1, x, dtype=jnp.int32) for x in (1, s, 1, s)]
