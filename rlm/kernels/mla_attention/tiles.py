@@ -1,9 +1,9 @@
 """Tile sizes of the kernels, by chip, and lengths cut into them.
 
 A TPU's are those that `tools/search_tiles.py` finds best, as docs/kernels.md
-tells, but for the backward pass and decode of v6e and tpu7x, which are v5p's.
-Hopper's follow from registers and shared memory, by hand: `tools/bench_mla.py
---gpu --tiles`, which times choices of them, has not been run yet.
+tells; of decode the second best, whose tiles are half as long. Hopper's follow
+from registers and shared memory, by hand: `tools/bench_mla.py --gpu --tiles`,
+which times choices of them, has not been run yet.
 """
 
 import contextlib
