@@ -1,7 +1,7 @@
 """What every test runs under: 8 CPU devices, no silent broadcast, fixed seeds.
 
 Devices come from jax.config and not from XLA_FLAGS, so that the child
-processes of a test (runs that are killed and continued) see what a user sees.
+processes of a test (runs that are killed and continued) see a user's devices.
 """
 
 import itertools

@@ -39,6 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlm.kernels.backend import backend, chip
+from rlm.kernels.mla_attention.tiles import gpu_tiles
 from tools.journal import REFUSED, Journal, persist
 from tools.mla_cases import CPU_CASES, LITE, V3, check_cases, gpu_cases
 from tools.mla_figures import (
@@ -157,6 +158,13 @@ def main(argv: list[str] | None = None) -> int:
       f"--gpu, but jax runs on {backend()} ({chip()}) here: there is nothing to"
       " measure. Take a machine with a GPU and jax's CUDA plugin, or leave"
       " --gpu out.",
+      file=sys.stderr,
+    )
+    return REFUSED
+  if a.tiles and gpu_tiles() is None:
+    print(
+      f"--tiles, but this is {chip()}: the kernels are for Hopper, an H100,"
+      " H200, H800, H20 or GH200. Leave --tiles out to time all other ways.",
       file=sys.stderr,
     )
     return REFUSED

@@ -7,7 +7,7 @@ from rlm.kernels.backend import compiling_for
 from rlm.kernels.mla_attention import gpu_attention
 from rlm.kernels.mla_attention.tiles import gpu_tiles, trying
 from tests.kernels.mla_attention import hopper
-from tools import bench_mla
+from tools import bench_mla, journal
 from tools.mla_cases import LITE, Attention
 from tools.mla_tile_cases import (
   TRIED,
@@ -66,13 +66,25 @@ def test_a_choice_becomes_another_kernel():
 
 
 @pytest.mark.full
-def test_every_choice_lowers():
-  train = AttentionByTiles(
-    "train", LITE, 1, 328, kernels=("forward", "dq", "dk")
-  )
-  for case in (train, DecodeByTiles(LITE, 2, 320)):
-    for name in case.ways():
-      assert "@mosaic_gpu_v2" in lowered(case, name), name
+def test_every_choice_is_a_program_of_its_own():
+  train = [
+    AttentionByTiles("train", LITE, 1, 328, kernels=(kernel,))
+    for kernel in ("forward", "dq", "dk")
+  ]
+  decode = [
+    DecodeByTiles(LITE, 2, 320, cache) for cache in ("plain", "float8", "paged")
+  ]
+  for case in (*train, *decode):
+    programs = [lowered(case, name) for name in case.ways()]
+    assert len(set(programs)) == len(programs) > 1, case
+    assert all("@mosaic_gpu_v2" in program for program in programs)
+
+
+def test_tiles_of_another_chip_are_refused(capsys):
+  with compiling_for("gpu", "NVIDIA B200"):
+    status = bench_mla.main(["--gpu", "--tiles", "--until=1"])
+  assert status == journal.REFUSED
+  assert "--tiles, but this is NVIDIA B200" in capsys.readouterr().err
 
 
 def test_tiles_are_of_gpus(capsys):

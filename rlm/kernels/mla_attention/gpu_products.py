@@ -1,4 +1,4 @@
-"""Products of a warpgroup on Hopper, also where kernels are interpreted.
+"""What Hopper offers, and products of a warpgroup, also where interpreted.
 
 `wgmma` multiplies 64 rows that one warpgroup has, asynchronously: an operand on
 the left comes from registers or SMEM, one on the right from SMEM, read as it

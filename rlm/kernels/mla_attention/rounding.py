@@ -1,9 +1,9 @@
 """What rounding to bfloat16 took from an output, in half a byte a number.
 
 A backward pass needs delta, the sum of d_out * out. Of a rounded `out` it is
-off by 2^-9 of its terms, which is noise in the gradient of a query that looks
-at one key, where nothing should be. With these four bits more it is off by
-2^-9 / 14.
+off by up to 2^-8 of its terms, which is noise in the gradient of a query that
+looks at one key, where nothing should be. With four bits more it is off by a
+fourteenth of that.
 """
 
 import jax
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 _STEPS = 7
 # A bfloat16 has 8 bits, so half a unit in the last place of 2^e is 2^(e - 8).
 _STEPS_OF_POWER = _STEPS * 2.0**8
-# Smaller numbers give nothing, and their reciprocals may not be finite.
+# Zero has no reciprocal; and of less, what rounding took may be subnormal.
 _LEAST = 2.0**-100
 _EXPONENT = 0x7F800000
 
@@ -43,19 +43,19 @@ def lost(exact: jax.Array, out: jax.Array) -> jax.Array:
   return (steps[:half] & 15 | steps[half:] << 4).astype(jnp.int8)
 
 
-def restored(out: jax.Array, lost: jax.Array, tile: int) -> jax.Array:
+def restored(out: jax.Array, kept: jax.Array, tile: int) -> jax.Array:
   """What `out` was before it was rounded, nearly.
 
   Args:
     out: bfloat16 [.., T, h].
-    lost: int8 [.., T / 2, h], of `lost` for each `tile` rows.
+    kept: int8 [.., T / 2, h], of `lost` for each `tile` rows.
     tile: an even divisor of T.
 
   Returns:
     float32 [.., T, h].
   """
   *outer, t, h = out.shape
-  halves = lost.reshape(*outer, t // tile, 1, tile // 2, h).astype(jnp.int32)
+  halves = kept.reshape(*outer, t // tile, 1, tile // 2, h).astype(jnp.int32)
   # Four bits at the top of an int32 and down again keep their sign.
   shift = jnp.array([28, 24], jnp.int32).reshape(*[1] * len(outer), 1, 2, 1, 1)
   steps = (halves << shift) >> 28

@@ -156,7 +156,8 @@ def decode(
   """Attention of each split over the tiles that fall to it.
 
   Args:
-    q: [B, T * N, C + R], queries first, then heads; padded to whole blocks.
+    q: [B, Q, C + R], the T * N heads of queries, queries first; padded to whole
+      blocks.
     cache: arrays of [rows or pages, ., tokens]: one of C + R, or latents,
       scales and rope keys of Float8Latents.
     bits: int32 [B, 1, S], bit t says whether query t of the row sees a key; bit
@@ -171,12 +172,12 @@ def decode(
     tile: tokens of a tile, a divisor of the tokens of a row or page.
     tiles_per_step: tiles taken at once.
     splits: parts of a row's visits, with results of their own.
-    rows: of q in a block, a divisor of T * N.
+    rows: of q in a block, a divisor of Q.
     vmem_bytes: that the kernel may take.
 
   Returns:
-    out [B, splits, T * N, C], in the dtype of `q` for one split, else float32;
-    lse float32 [B, splits, T * N].
+    out [B, splits, Q, C], in the dtype of `q` for one split, else float32; lse
+    float32 [B, splits, Q].
   """
   b, all_rows, _ = q.shape
   visits = tile_ids.shape[1]

@@ -16,6 +16,7 @@ QUICK = (
   ("huge logits", jnp.bfloat16),
   ("pages of float8", jnp.bfloat16),
   ("two queries a row", jnp.float32),
+  ("blocks of heads and tokens", jnp.float32),
 )
 
 
@@ -69,6 +70,7 @@ STRICT = [
   ("a part of the keys", cases.ATTENTION),
   ("rows of 0, 1, odd and all", cases.DECODE),
   ("pages of float8", cases.DECODE),
+  ("blocks of heads and tokens", cases.DECODE),
 ]
 
 

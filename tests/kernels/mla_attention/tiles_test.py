@@ -39,6 +39,8 @@ def test_cuts_are_whole_and_within_what_is_asked(length, tile, tiles):
   assert result.tile % 128 == 0 and result.tile <= tile
   assert result.held % result.tile == 0 and result.held <= tile * tiles
   assert result.padded % result.held == 0 and result.padded >= length
+  # A backward pass cuts what forward has padded, into the same tiles.
+  assert cut(result.padded, tile, tile * tiles) == result
   # No more than a lane's worth in each tile, and one tile a run.
   assert result.padded < length + (128 + 1) * result.padded // result.tile + (
     result.padded // result.held

@@ -169,6 +169,22 @@ def test_decode_fits_and_states_its_bytes(heads, kind, device):
   assert temporary < rows * s * token / 8 + 2**22
 
 
+@pytest.mark.parametrize("kind", ["plain", "float8", "pages of float8"])
+@pytest.mark.parametrize("rows", [1, 2])
+def test_the_largest_block_fits(rows, kind, device):
+  t, s = 8, 4096  # 1024 heads of tokens; one row is split over two cores
+  places = [shape(rows, x, dtype=jnp.int32) for x in (t, s, t, s)]
+
+  def decode(q, cache, places):
+    return mla_decode(
+      q, cache, *places, kv_lora_rank=512, scale=0.1, implementation="tpu"
+    )
+
+  q = shape(rows, t, 128, 576)
+  program = compiled(decode, (q, caches(kind, rows, s), places), device)
+  assert "mla_decode" in estimates(program)
+
+
 @pytest.mark.parametrize(
   ("dtype", "t", "blocks"), [(jnp.bfloat16, 31, 4), (jnp.float32, 5, 2)]
 )
