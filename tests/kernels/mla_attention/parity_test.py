@@ -75,12 +75,13 @@ STRICT = [
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("dtype", (jnp.float32, jnp.bfloat16))
 @pytest.mark.parametrize(("name", "table"), STRICT)
-def test_a_strict_interpreter_finds_nothing(name, table, capfd):
+def test_a_strict_interpreter_finds_nothing(name, table, dtype, capfd):
   """Races, reads out of bounds and of what was never written."""
   with cases.platform("tpu", cases.STRICT, decode_splits=3):
-    got = table[name].run("tpu", jnp.float32)
-  cases.check(got, table[name], jnp.float32)
+    got = table[name].run("tpu", dtype)
+  cases.check(got, table[name], dtype)
   assert "RACE" not in capfd.readouterr().out
 
 
